@@ -1,0 +1,1 @@
+"""The vocabulary of the service: resources, states, specs, events and errors. Standard library only, no I/O."""

@@ -1,0 +1,154 @@
+"""What happens in a job: the payloads that the event log stores, and those that a child process sends to its worker.
+
+Each has a `kind`, so that a union of them can be read back from JSON.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from server.domain.errors import ErrorData
+from server.domain.jobs import FailureReason, JobState
+from server.domain.retrieval import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The job moved to another state; `reason` says why in a few words."""
+
+    state: JobState
+    reason: str = ""
+    error: ErrorData | None = None
+    kind: Literal["state_changed"] = "state_changed"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The child has its data and model ready. For RAG_INDEX total_steps counts documents."""
+
+    total_steps: int
+    resumed_from_step: int = 0
+    train_records: int = 0
+    eval_records: int = 0
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    kind: Literal["started"] = "started"
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimiser step. `loss` is the mean over the step's trained tokens; `tokens` all real tokens of the job so far."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    eta_seconds: float
+    memory_bytes: int
+    kind: Literal["step"] = "step"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The loss over the held-out records after `step`; step 0 is the base model."""
+
+    step: int
+    loss: float
+    tokens: int
+    kind: Literal["evaluation"] = "evaluation"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is whole on disk. `path` is relative to MODEL_STORAGE_PATH."""
+
+    step: int
+    path: str
+    size_bytes: int
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something that the owner of the job should know."""
+
+    code: str
+    message: str
+    kind: Literal["warning"] = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexProgress:
+    """A document of a RAG_INDEX job is committed (or refused: `error`)."""
+
+    document_id: str
+    documents_done: int
+    documents_total: int
+    chunks: int
+    error: str = ""
+    kind: Literal["index_progress"] = "index_progress"
+
+
+LoggedPayload = StateChanged | Started | StepDone | Evaluated | CheckpointSaved | Warned | IndexProgress
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentIndexed:
+    """Child to worker: a document's chunks and vectors. `vectors` is base64 of little-endian float16 [chunks, dimension], L2-normalised."""
+
+    document_id: str
+    chunks: Sequence[Chunk]
+    vectors: str
+    dimension: int
+    error: str = ""
+    kind: Literal["document_indexed"] = "document_indexed"
+
+
+@dataclass(frozen=True, slots=True)
+class Finalizing:
+    """Child to worker: the work is done, the result is being written and tried."""
+
+    kind: Literal["finalizing"] = "finalizing"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultReady:
+    """Child to worker: the result is whole. For RAG_INDEX only the kind matters."""
+
+    artifact_path: str = ""
+    manifest_sha256: str = ""
+    size_bytes: int = 0
+    base_revision: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    compute_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    kind: Literal["result_ready"] = "result_ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Child to worker: the job cannot succeed by trying again. `message` for a person, `suggestion` what to change."""
+
+    reason: FailureReason
+    message: str
+    suggestion: str = ""
+    kind: Literal["failed"] = "failed"
+
+
+ChildEvent = Started | StepDone | Evaluated | CheckpointSaved | Warned | DocumentIndexed | Finalizing | ResultReady | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """One line of a job's log; `sequence` starts at 1 and has no gap."""
+
+    sequence: int
+    time: datetime
+    attempt: int
+    payload: LoggedPayload

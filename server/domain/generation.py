@@ -1,0 +1,135 @@
+"""Generation: what is asked of an engine and what it answers, token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+
+class Role(StrEnum):
+    """Who speaks."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParameters:
+    """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 are off; max_tokens None: up to 512 or the rest of the context.
+
+    A `seed` of None draws one; the same seed gives the same text.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReference:
+    """Which weights: a base model, and perhaps a version's adapter (path relative to MODEL_STORAGE_PATH, sealed by its manifest)."""
+
+    model_id: str
+    base_model: str
+    version: int | None = None
+    adapter_path: str | None = None
+    manifest_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation. Exactly one of `prompt` (continued as it is) and `messages` (through the chat template) is set."""
+
+    request_id: str
+    model: ModelReference
+    parameters: GenerationParameters
+    prompt: str | None = None
+    messages: Sequence[ChatMessage] = ()
+
+
+class FinishReason(StrEnum):
+    """Why generation ended: the model's own end token, the token limit, a stop string."""
+
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+    STOP_STRING = "STOP_STRING"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """Exact token counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in seconds from the engine's receipt of the request."""
+
+    queue_seconds: float
+    first_token_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its natural-log probability."""
+
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The chosen token of one position, and the most likely ones there."""
+
+    chosen: TokenLogprob
+    top: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of text: whole characters only, never part of a stop string. May be empty where only logprobs came."""
+
+    text: str
+    logprobs: Sequence[PositionLogprobs] = ()
+    kind: Literal["delta"] = "delta"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFinished:
+    """The end of a generation that went well."""
+
+    finish_reason: FinishReason
+    usage: TokenUsage
+    timings: Timings
+    seed: int
+    kind: Literal["finished"] = "finished"
+
+
+TokenEvent = Delta | GenerationFinished
+
+
+class EmbedRole(StrEnum):
+    """Queries and passages are prepared differently by some embedding models."""
+
+    QUERY = "QUERY"
+    PASSAGE = "PASSAGE"

@@ -1,0 +1,161 @@
+"""A training job: its states, which may follow which, and the record that PostgreSQL keeps of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from server.domain.errors import ErrorData
+from server.domain.specs import FineTuneSpec, IndexSpec
+
+
+class JobKind(StrEnum):
+    """What a job makes."""
+
+    FINE_TUNE = "FINE_TUNE"
+    RAG_INDEX = "RAG_INDEX"
+    EXPORT = "EXPORT"
+
+
+class JobState(StrEnum):
+    """Where a job stands; `TRANSITIONS` says what may follow."""
+
+    VALIDATING = "VALIDATING"
+    QUEUED = "QUEUED"
+    STARTING = "STARTING"
+    RUNNING = "RUNNING"
+    FINALIZING = "FINALIZING"
+    SUCCEEDED = "SUCCEEDED"
+    PAUSING = "PAUSING"
+    PAUSED = "PAUSED"
+    CANCELLING = "CANCELLING"
+    CANCELLED = "CANCELLED"
+    INTERRUPTED = "INTERRUPTED"
+    FAILED = "FAILED"
+
+
+_S = JobState
+_STOPS = frozenset({_S.CANCELLING, _S.FAILED, _S.INTERRUPTED})
+
+TRANSITIONS: Mapping[JobState, frozenset[JobState]] = {
+    _S.VALIDATING: frozenset({_S.QUEUED, _S.CANCELLED, _S.FAILED}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.CANCELLED, _S.FAILED, _S.PAUSED}),
+    _S.STARTING: frozenset({_S.RUNNING, _S.PAUSING}) | _STOPS,
+    _S.RUNNING: frozenset({_S.FINALIZING, _S.PAUSING}) | _STOPS,
+    _S.FINALIZING: frozenset({_S.SUCCEEDED}) | _STOPS,
+    _S.PAUSING: frozenset({_S.PAUSED, _S.FINALIZING}) | _STOPS,
+    _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.INTERRUPTED: frozenset({_S.QUEUED, _S.CANCELLED, _S.FAILED}),
+    _S.SUCCEEDED: frozenset(),
+    _S.CANCELLED: frozenset(),
+    _S.FAILED: frozenset(),
+}
+
+TERMINAL_STATES = frozenset(state for state, following in TRANSITIONS.items() if not following)
+# A worker holds the job and a child may be running: these count against the limit and need a live lease.
+HELD_STATES = frozenset({_S.STARTING, _S.RUNNING, _S.FINALIZING, _S.PAUSING, _S.CANCELLING})
+
+
+def may_follow(state: JobState, following: JobState) -> bool:
+    """Tell whether a job in `state` may move to `following`."""
+    return following in TRANSITIONS[state]
+
+
+def cancelled_from(state: JobState) -> JobState:
+    """Give the state that a cancel leads to: at once where nobody holds the job, else through CANCELLING. Terminal states stay."""
+    if state in TERMINAL_STATES or state is JobState.CANCELLING:
+        return state
+    return JobState.CANCELLING if state in HELD_STATES else JobState.CANCELLED
+
+
+class FailureReason(StrEnum):
+    """Why a job FAILED, for programs; the message and the suggestion are for people."""
+
+    DATASET_INVALID = "DATASET_INVALID"
+    BASE_MODEL_UNAVAILABLE = "BASE_MODEL_UNAVAILABLE"
+    EMBEDDING_MODEL_UNAVAILABLE = "EMBEDDING_MODEL_UNAVAILABLE"
+    DOCUMENTS_INVALID = "DOCUMENTS_INVALID"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    LOSS_NOT_FINITE = "LOSS_NOT_FINITE"
+    DISK_FULL = "DISK_FULL"
+    CRASH_LOOP = "CRASH_LOOP"
+    ARTIFACT_INVALID = "ARTIFACT_INVALID"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is. For RAG_INDEX a step is a document."""
+
+    step: int = 0
+    total_steps: int = 0
+    epoch: float = 0.0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    eta_seconds: float | None = None
+    loss: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        """The part that is done, 0 to 1."""
+        return min(1.0, self.step / self.total_steps) if self.total_steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far."""
+
+    step: int
+    eval_loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a job consumed over all attempts."""
+
+    compute_seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    artifact_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job as stored. `lease_epoch` is the fencing token; `last_step` the last step in the event log."""
+
+    job_id: str
+    kind: JobKind
+    model_id: str
+    state: JobState
+    spec: FineTuneSpec | IndexSpec
+    create_time: datetime
+    update_time: datetime
+    state_reason: str = ""
+    error: ErrorData | None = None
+    progress: Progress = Progress()
+    best: Best | None = None
+    usage: Usage = Usage()
+    attempt: int = 1
+    queue_position: int | None = None
+    lease_epoch: int = 0
+    last_sequence: int = 0
+    last_step: int = 0
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the job is in a terminal state."""
+        return self.state in TERMINAL_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved point that a job can go on from. `path` is relative to MODEL_STORAGE_PATH."""
+
+    step: int
+    path: str
+    size_bytes: int
+    create_time: datetime
+    eval_loss: float | None = None

@@ -1,0 +1,76 @@
+"""Models: what is served, its versions, and the settings of a RAG model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from server.domain.errors import ErrorData
+from server.domain.retrieval import Chunking, RetrievalSettings
+
+
+class ModelType(StrEnum):
+    """What a model is made of."""
+
+    FINE_TUNED = "FINE_TUNED"
+    RAG = "RAG"
+    BASE = "BASE"
+
+
+class ModelState(StrEnum):
+    """Where a model stands. READY from its first finished version (or index) on."""
+
+    CREATING = "CREATING"
+    READY = "READY"
+    FAILED = "FAILED"
+    DELETING = "DELETING"
+
+
+@dataclass(frozen=True, slots=True)
+class RagConfiguration:
+    """What a RAG model answers with. `generator_model_id` is a base model or a fine-tuned one."""
+
+    generator_model_id: str
+    embedding_model: str
+    retrieval: RetrievalSettings
+    chunking: Chunking
+    prompt_template: str
+    embedding_dimension: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as stored, with counts of what belongs to it."""
+
+    model_id: str
+    type: ModelType
+    display_name: str
+    state: ModelState
+    base_model: str
+    create_time: datetime
+    update_time: datetime
+    description: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    technique: str = ""
+    serving_version: int | None = None
+    version_count: int = 0
+    rag: RagConfiguration | None = None
+    document_count: int = 0
+    chunk_count: int = 0
+    error: ErrorData | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """An immutable result. `artifact_path` is relative to MODEL_STORAGE_PATH; `manifest_sha256` seals every file in it."""
+
+    model_id: str
+    version: int
+    job_id: str
+    base_model: str
+    base_revision: str
+    artifact_path: str
+    manifest_sha256: str
+    size_bytes: int
+    create_time: datetime
+    metrics: Mapping[str, float] = field(default_factory=dict)
