@@ -1,0 +1,285 @@
+"""What the use cases need from outside, as Protocols: the database, the job queue, files, the engine.
+
+Everything that a `Transaction` reads or writes belongs to the organization that it was opened for.
+"""
+
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.domain.datasets import Dataset
+from server.domain.documents import Document, NewDocument
+from server.domain.errors import ErrorData
+from server.domain.events import JobEvent, LoggedPayload, ResultReady, StepDone
+from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
+from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
+from server.domain.models import Model, ModelState, ModelType, ModelVersion
+from server.domain.orders import DocumentText
+from server.domain.retrieval import Chunk, RetrievedChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a list, newest first: at most `size` rows with an id below `before_id` (None: from the newest)."""
+
+    size: int
+    before_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFilter:
+    """Which models to list; None takes all."""
+
+    type: ModelType | None = None
+    state: ModelState | None = None
+    base_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs to list; None takes all."""
+
+    state: JobState | None = None
+    kind: JobKind | None = None
+    model_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedRequest:
+    """What a request_id was used for: the hash of its body and the ids of what it made."""
+
+    body_sha256: str
+    resource_ids: Mapping[str, str]
+
+
+class Models(Protocol):
+    """Rows of models and their versions."""
+
+    async def insert(self, model: Model) -> None:
+        """Add a model."""
+
+    async def get(self, model_id: str, *, lock: bool = False) -> Model:
+        """Read a model with its counts; `lock` holds the row until the transaction ends. Raises NotFound."""
+
+    async def list(self, where: ModelFilter, page: Page) -> Sequence[Model]:
+        """List models, newest first."""
+
+    async def save(self, model: Model) -> None:
+        """Write the fields that may change: names, labels, state, error, serving_version, rag. Sets update_time."""
+
+    async def delete(self, model_id: str) -> None:
+        """Remove the model with its versions, documents, chunks and finished jobs. Raises NotFound."""
+
+    async def list_users(self, model_id: str) -> Sequence[str]:
+        """Give the ids of RAG models that generate with this model."""
+
+    async def get_version(self, model_id: str, version: int) -> ModelVersion:
+        """Read one version. Raises NotFound."""
+
+    async def list_versions(self, model_id: str) -> Sequence[ModelVersion]:
+        """List the versions, newest first."""
+
+
+class Jobs(Protocol):
+    """Rows of jobs and their event log, for the api."""
+
+    async def insert(self, job: Job) -> None:
+        """Add a job and log its first states (VALIDATING, then its own)."""
+
+    async def get(self, job_id: str, *, lock: bool = False) -> Job:
+        """Read a job, with its queue position where it is QUEUED. Raises NotFound."""
+
+    async def list(self, where: JobFilter, page: Page) -> Sequence[Job]:
+        """List jobs, newest first."""
+
+    async def change_state(self, job_id: str, state: JobState, reason: str) -> Job:
+        """Move the job, log it and notify, in one step. Raises FailedPrecondition where the table of transitions forbids it."""
+
+    async def list_active(self, *, model_id: str | None = None, dataset_id: str | None = None) -> Sequence[str]:
+        """Give the ids of jobs that are not finished and use this model (as result, base or generator) or dataset."""
+
+    async def list_events(self, job_id: str, after_sequence: int, limit: int) -> Sequence[JobEvent]:
+        """Read the log in order, without gaps."""
+
+    async def list_steps(self, job_id: str, max_points: int) -> Sequence[StepDone]:
+        """Read the training curve, thinned in the database to at most `max_points` (the last step always among them)."""
+
+    async def list_checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
+        """List the job's checkpoints, latest step first."""
+
+
+class Datasets(Protocol):
+    """Rows of datasets."""
+
+    async def insert(self, dataset: Dataset) -> None:
+        """Add a dataset."""
+
+    async def get(self, dataset_id: str) -> Dataset:
+        """Read a dataset. Raises NotFound."""
+
+    async def list(self, page: Page) -> Sequence[Dataset]:
+        """List datasets, newest first."""
+
+    async def delete(self, dataset_id: str) -> None:
+        """Remove the row. Raises NotFound."""
+
+
+class Documents(Protocol):
+    """Rows of documents with their texts and chunks."""
+
+    async def insert(self, model_id: str, documents: Sequence[tuple[str, NewDocument]]) -> Sequence[Document]:
+        """Add PENDING documents under the given new ids."""
+
+    async def get(self, model_id: str, document_id: str) -> Document:
+        """Read a document without its text. Raises NotFound."""
+
+    async def list(self, model_id: str, page: Page) -> Sequence[Document]:
+        """List documents, newest first."""
+
+    async def delete(self, model_id: str, document_id: str) -> None:
+        """Remove a document with its chunks and vectors, at once. Raises NotFound."""
+
+    async def search(self, model_id: str, vector: Sequence[float], top_k: int, similarity_threshold: float) -> Sequence[RetrievedChunk]:
+        """Give the chunks most similar to a unit vector, best first, none below the threshold (`1 - cosine distance`)."""
+
+
+class Requests(Protocol):
+    """Which request ids were used, so that a repeated creation answers with its first result."""
+
+    async def find(self, method: str, request_id: str) -> IssuedRequest | None:
+        """Read what this id was used for; takes a lock so that two at once cannot both find nothing."""
+
+    async def insert(self, method: str, request_id: str, issued: IssuedRequest) -> None:
+        """Remember it."""
+
+
+class Transaction(Protocol):
+    """One unit of work of one organization: committed when its block ends well, else rolled back."""
+
+    models: Models
+    jobs: Jobs
+    datasets: Datasets
+    documents: Documents
+    requests: Requests
+
+
+class Database(Protocol):
+    """The database, as the api uses it."""
+
+    def transaction(self, organization: str) -> AbstractAsyncContextManager[Transaction]:
+        """Open a unit of work."""
+
+
+class JobFeed(Protocol):
+    """Tells watchers that a job's log has grown. One query serves all watchers of this process."""
+
+    async def wait(self, job_id: str, after_sequence: int, timeout_seconds: float) -> bool:
+        """Return True once the log of the job is longer than `after_sequence`, False after the timeout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's hold on a job: every write names the epoch and fails with LeaseLost when another worker has a newer one."""
+
+    organization: str
+    job_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claimed job: STARTING, leased, with the checkpoint row to go on from."""
+
+    lease: Lease
+    job: Job
+    checkpoint: Checkpoint | None
+    dataset_path: str | None = None
+    eval_dataset_path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimLimits:
+    """How many jobs may be held over all workers, by kind of work."""
+
+    training_jobs: int
+    index_jobs: int
+
+
+class JobQueue(Protocol):
+    """The job machine as a worker uses it, over all organizations. Time is the database's. All but claim and reap raise LeaseLost."""
+
+    async def claim(self, worker_id: str, limits: ClaimLimits, lease_seconds: float) -> Claim | None:
+        """Take the oldest QUEUED job that the limits allow (SKIP LOCKED), raise its epoch, move it to STARTING."""
+
+    async def heartbeat(self, lease: Lease, lease_seconds: float) -> JobState:
+        """Renew the lease and bring back the state that the api may have set: CANCELLING or PAUSING mean stop."""
+
+    async def append(self, lease: Lease, payloads: Sequence[LoggedPayload]) -> None:
+        """Log events; steps that the log has already are left out. Updates progress, best and usage in the same transaction."""
+
+    async def change_state(self, lease: Lease, state: JobState, reason: str) -> None:
+        """Move the job and log it. A job that is CANCELLING stays so for any state but CANCELLED (no error: heartbeat tells)."""
+
+    async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
+        """Add the row and its event; drop all rows but the latest `keep`, and give the dropped ones for their files."""
+
+    async def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
+        """Stream the texts of the model's PENDING documents."""
+        yield DocumentText("", "", "")
+
+    async def commit_document(
+        self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
+    ) -> None:
+        """Replace a document's chunks and vectors (float16, [chunks, dimension]), mark it INDEXED (or FAILED with `error`), log progress."""
+
+    async def complete(self, lease: Lease, result: ResultReady) -> bool:
+        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
+
+    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> None:
+        """In one transaction: FAILED with its reason, and the model FAILED where it has no version yet."""
+
+    async def cancel(self, lease: Lease) -> None:
+        """CANCELLING to CANCELLED; the model too is FAILED (JOB_CANCELLED) where it has no version yet."""
+
+    async def interrupt(self, lease: Lease, reason: str, max_attempts: int) -> JobState:
+        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after `max_attempts`. Gives the state reached."""
+
+    async def reap(self, max_attempts: int) -> Sequence[str]:
+        """Do the same for jobs whose lease ran out (CANCELLING ones become CANCELLED). Gives their ids."""
+
+    async def list_live_directories(self) -> Collection[str]:
+        """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
+
+
+class DatasetFiles(Protocol):
+    """Where uploaded datasets lie."""
+
+    async def write(self, path: str, data: AsyncIterator[bytes], max_bytes: int) -> None:
+        """Stream to disk, aside and renamed. Raises ResourceExhausted over `max_bytes` or on a full disk; leaves nothing behind."""
+
+    async def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
+        """Stream the lines in bounded batches; a line longer than a record may be is cut."""
+        yield ()
+
+    async def delete_tree(self, path: str) -> None:
+        """Remove a file or directory under the storage root, if it is there."""
+
+
+class Engine(Protocol):
+    """Models that generate and embed, in a process of their own. Every call may raise Unavailable; a stream may do so midway."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Stream deltas, then GenerationFinished. Closing the iterator frees the place. Raises InvalidInput for a prompt over the context."""
+
+    async def count_tokens(self, model: ModelReference, texts: Sequence[str]) -> Sequence[int]:
+        """Count tokens by the model's own tokenizer, without special tokens."""
+
+    async def read_context_tokens(self, model: ModelReference) -> int:
+        """Give the model's context length in tokens."""
+
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+        """Embed to unit vectors, one per text."""
+
+    async def forget(self, model_id: str) -> None:
+        """Drop what is loaded for a deleted model."""
