@@ -4,6 +4,7 @@ from functools import cached_property
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypeForm
 
 from server.domain.events import ChildEvent, LoggedPayload
 from server.domain.generation import TokenEvent
@@ -16,7 +17,7 @@ T = TypeVar("T")
 class Codec(Generic[T]):
     """Reads and writes one type, which may be a union of dataclasses told apart by their `kind`: `Codec[Job](Job)`."""
 
-    def __init__(self, kind: object) -> None:
+    def __init__(self, kind: TypeForm[T]) -> None:
         self._kind = kind
 
     @cached_property

@@ -1,0 +1,169 @@
+"""Every deploy-time knob: read once from the environment, checked, frozen. A senseless value stops the start and names its variable."""
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+# Linux allows 108 bytes for the path of a unix socket, its closing zero included.
+_MAX_SOCKET_PATH_BYTES = 107
+
+
+class SettingsError(ValueError):
+    """One or more variables make no sense; the message has a line for each."""
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"must be a whole number, not {text!r}") from None
+        if not low <= value <= high:
+            raise ValueError(f"must be from {low} to {high}, not {value}")
+        return value
+
+    return parse
+
+
+def _number(above: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(f"must be a number, not {text!r}") from None
+        if not (math.isfinite(value) and above < value <= high):
+            raise ValueError(f"must be above {above:g} and at most {high:g}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"must name a directory, but {str(nearest)!r} is a file")
+    return path
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(_path(part) for part in text.split(":") if part)
+
+
+def _database_url(text: str) -> str:
+    if not text.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+        raise ValueError("must begin with postgresql://")
+    return text
+
+
+def _word(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.upper() not in allowed:
+            raise ValueError(f"must be one of {', '.join(allowed)}, not {text!r}")
+        return text.upper()
+
+    return parse
+
+
+def _variable(name: str, parse: Callable[[str], object], default: str, description: str) -> Any:
+    """Declare a field that is read from variable `name`. The default stands as it would in the environment ("": unset)."""
+    return field(metadata={"name": name, "parse": parse, "default": default, "description": description})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The deployment's configuration. Each field's metadata holds its variable, default and description."""
+
+    data_directory: Path = _variable("DATA_DIRECTORY", _path, ".data", "Everything that this machine keeps: database, storage, cache, logs.")
+    storage_path: Path = _variable("MODEL_STORAGE_PATH", _path, "{data}/storage", "Datasets, checkpoints and finished models.")
+    cache_path: Path = _variable("MODEL_CACHE_PATH", _path, "{data}/cache", "Base models, downloaded and converted; can be deleted at any time.")
+    local_models_paths: tuple[Path, ...] = _variable(
+        "LOCAL_MODELS_PATH", _paths, "{data}/models", "Directories (separated by `:`) whose models may be named by absolute path."
+    )
+    max_training_jobs: int = _variable("MAX_TRAINING_JOBS", _integer(1, 1000), "1", "Fine-tuning jobs that run at once, over all workers.")
+    max_index_jobs: int = _variable("MAX_INDEX_JOBS", _integer(1, 1000), "1", "RAG index jobs that run at once, over all workers.")
+    default_batch_size: int = _variable("DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none.")
+    default_learning_rate: float = _variable(
+        "DEFAULT_LEARNING_RATE", _number(0.0, 1.0), "0.001", "Peak learning rate where a request names none."
+    )
+    database_url: str | None = _variable("DATABASE_URL", _database_url, "", "An outside PostgreSQL with pgvector; unset: the embedded one.")
+    bind_address: str = _variable("BIND_ADDRESS", str, "127.0.0.1", "Address that the HTTP and gRPC ports listen on.")
+    http_port: int = _variable("HTTP_PORT", _integer(1, 65535), "8003", "REST and gRPC, through Envoy.")
+    grpc_port: int = _variable("GRPC_PORT", _integer(1, 65535), "50051", "gRPC, without Envoy.")
+    engine_socket: Path = _variable("ENGINE_SOCKET", Path, "{run}/engine.sock", "Unix socket between api and engine.")
+    lease_seconds: float = _variable("LEASE_SECONDS", _number(1.0, 3600.0), "20", "A worker that is silent for so long loses its job to another.")
+    heartbeat_seconds: float = _variable(
+        "HEARTBEAT_SECONDS", _number(0.0, 600.0), "1", "How often a worker renews its lease and asks whether the job was cancelled."
+    )
+    max_job_attempts: int = _variable("MAX_JOB_ATTEMPTS", _integer(1, 100), "5", "Attempts after crashes before a job fails as CRASH_LOOP.")
+    max_dataset_bytes: int = _variable("MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes.")
+    max_concurrent_generations: int = _variable(
+        "MAX_CONCURRENT_GENERATIONS", _integer(1, 1024), "16", "Generations that the engine computes together."
+    )
+    max_queued_generations: int = _variable(
+        "MAX_QUEUED_GENERATIONS", _integer(0, 100_000), "256", "Generations that may wait for a place; more are refused."
+    )
+    kv_cache_tokens: int = _variable(
+        "KV_CACHE_TOKENS", _integer(256, 1 << 30), "32768", "Tokens of context that the engine keeps over all running generations."
+    )
+    torch_threads: int = _variable("TORCH_THREADS", _integer(0, 1024), "0", "Threads of each computing process; 0: one per core.")
+    hub_token: str | None = _variable("HF_TOKEN", str, "", "Token for gated models of the Hugging Face hub.")
+    log_level: str = _variable("LOG_LEVEL", _word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Read all variables. Raises SettingsError naming every one that makes no sense."""
+        problems: list[str] = []
+        data = _parse_data_directory(environment, problems)
+        places = {"{data}": str(data), "{run}": str(_run_directory(data))}
+        values: dict[str, object] = {}
+        for item in fields(cls):
+            name, default = item.metadata["name"], item.metadata["default"]
+            for place, path in places.items():
+                default = default.replace(place, path)
+            # An empty value means unset, as `VARIABLE=` in a compose file does.
+            text = environment.get(name, "").strip() or default
+            try:
+                values[item.name] = item.metadata["parse"](text) if text else None
+            except ValueError as error:
+                problems.append(f"{name} {error}.")
+        if not problems:
+            problems += _check_together(values)
+        if problems:
+            raise SettingsError("\n".join(problems))
+        return cls(**values)  # type: ignore[arg-type]  # each value came from its own field's parser
+
+    @property
+    def run_directory(self) -> Path:
+        """Sockets, locks and rendered configuration of the running stack."""
+        return _run_directory(self.data_directory)
+
+
+def _parse_data_directory(environment: Mapping[str, str], problems: list[str]) -> Path:
+    try:
+        return _path(environment.get("DATA_DIRECTORY", "").strip() or ".data")
+    except ValueError:
+        return Path(tempfile.gettempdir())  # reported with the other fields
+
+
+def _run_directory(data: Path) -> Path:
+    """Keep sockets below the data directory where their paths fit, else in a directory of the system's own, named by its hash."""
+    run = data / "run"
+    if len(bytes(run / "postgres" / ".s.PGSQL.5432")) <= _MAX_SOCKET_PATH_BYTES:
+        return run
+    return Path(tempfile.gettempdir()) / f"model-training-{hashlib.sha256(bytes(data)).hexdigest()[:16]}"
+
+
+def _check_together(values: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if values["http_port"] == values["grpc_port"]:
+        problems.append(f"HTTP_PORT and GRPC_PORT must differ, both are {values['http_port']}.")
+    if values["lease_seconds"] < 3 * values["heartbeat_seconds"]:
+        problems.append("LEASE_SECONDS must be at least three times HEARTBEAT_SECONDS, or one late heartbeat loses a job.")
+    if len(bytes(values["engine_socket"])) > _MAX_SOCKET_PATH_BYTES:
+        problems.append(f"ENGINE_SOCKET must have at most {_MAX_SOCKET_PATH_BYTES} bytes.")
+    return problems
