@@ -12,6 +12,14 @@ class DatasetFormat(StrEnum):
     JSONL = "JSONL"
 
 
+class RecordKind(StrEnum):
+    """What the records are."""
+
+    CHAT = "CHAT"
+    COMPLETION = "COMPLETION"
+    MIXED = "MIXED"
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One bad record: its line (from 1), a stable code and a sentence."""
@@ -28,6 +36,7 @@ class Dataset:
     dataset_id: str
     display_name: str
     format: DatasetFormat
+    record_kind: RecordKind
     record_count: int
     invalid_record_count: int
     size_bytes: int

@@ -22,6 +22,7 @@ class NewDocument:
 
     text: str
     title: str = ""
+    source_uri: str = ""
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
@@ -34,8 +35,10 @@ class Document:
     title: str
     state: DocumentState
     size_characters: int
+    size_bytes: int
     content_sha256: str
     create_time: datetime
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    source_uri: str = ""
     chunk_count: int = 0
     error: str = ""

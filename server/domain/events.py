@@ -20,6 +20,7 @@ class StateChanged:
     state: JobState
     reason: str = ""
     error: ErrorData | None = None
+    from_state: JobState | None = None
     kind: Literal["state_changed"] = "state_changed"
 
 
@@ -61,6 +62,9 @@ class Evaluated:
     step: int
     loss: float
     tokens: int
+    records: int = 0
+    duration_seconds: float = 0.0
+    best: bool = False
     kind: Literal["evaluation"] = "evaluation"
 
 

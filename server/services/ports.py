@@ -283,3 +283,16 @@ class Engine(Protocol):
 
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""
+
+
+class BaseModels(Protocol):
+    """What can be known about base and embedding models without loading them. Blocking: call it in a thread."""
+
+    def check(self, base_model: str) -> None:
+        """Raise NotFound, BaseModelUnavailable or BaseModelRefused where the model could not be loaded; convert and download nothing."""
+
+    def is_present(self, base_model: str) -> bool:
+        """Tell whether it can be loaded here now, without the hub."""
+
+    def canonical_name(self, base_model: str) -> str:
+        """Give the hub id or path that an alias stands for; anything else stays."""
