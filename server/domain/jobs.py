@@ -84,6 +84,16 @@ class FailureReason(StrEnum):
     INTERNAL = "INTERNAL"
 
 
+class JobFailure(Exception):
+    """A job cannot succeed by trying again. `message` is for its owner (no paths, no tracebacks), `suggestion` says what to change."""
+
+    def __init__(self, reason: FailureReason, message: str, suggestion: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.suggestion = suggestion
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a job is. For RAG_INDEX a step is a document."""
