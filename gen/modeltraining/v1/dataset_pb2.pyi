@@ -54,9 +54,37 @@ class Dataset(_message.Message):
     FORMAT_PARQUET: Dataset.Format.ValueType  # 3
     """Apache Parquet."""
 
+    class _RecordKind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RecordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Dataset._RecordKind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        RECORD_KIND_UNSPECIFIED: Dataset._RecordKind.ValueType  # 0
+        """Never sent."""
+        RECORD_KIND_CHAT: Dataset._RecordKind.ValueType  # 1
+        """Conversations: `messages`, each with `role` and `content`."""
+        RECORD_KIND_COMPLETION: Dataset._RecordKind.ValueType  # 2
+        """A `prompt` and its `completion`."""
+        RECORD_KIND_MIXED: Dataset._RecordKind.ValueType  # 3
+        """Some of both."""
+
+    class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
+        """What its records hold."""
+
+    RECORD_KIND_UNSPECIFIED: Dataset.RecordKind.ValueType  # 0
+    """Never sent."""
+    RECORD_KIND_CHAT: Dataset.RecordKind.ValueType  # 1
+    """Conversations: `messages`, each with `role` and `content`."""
+    RECORD_KIND_COMPLETION: Dataset.RecordKind.ValueType  # 2
+    """A `prompt` and its `completion`."""
+    RECORD_KIND_MIXED: Dataset.RecordKind.ValueType  # 3
+    """Some of both."""
+
     DATASET_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    RECORD_KIND_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
@@ -69,6 +97,8 @@ class Dataset(_message.Message):
     """Name for people, 1 to 200 characters."""
     format: Global___Dataset.Format.ValueType
     """How the file is written."""
+    record_kind: Global___Dataset.RecordKind.ValueType
+    """What its records hold."""
     size_bytes: _builtins.float
     """Size of the uploaded file, bytes."""
     sha256: _builtins.str
@@ -91,6 +121,7 @@ class Dataset(_message.Message):
         dataset_id: _builtins.str = ...,
         display_name: _builtins.str = ...,
         format: Global___Dataset.Format.ValueType = ...,
+        record_kind: Global___Dataset.RecordKind.ValueType = ...,
         size_bytes: _builtins.float = ...,
         sha256: _builtins.str = ...,
         record_count: _builtins.int = ...,
@@ -100,7 +131,7 @@ class Dataset(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dataset_id", b"dataset_id", "display_name", b"display_name", "findings", b"findings", "format", b"format", "invalid_record_count", b"invalid_record_count", "record_count", b"record_count", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dataset_id", b"dataset_id", "display_name", b"display_name", "findings", b"findings", "format", b"format", "invalid_record_count", b"invalid_record_count", "record_count", b"record_count", "record_kind", b"record_kind", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

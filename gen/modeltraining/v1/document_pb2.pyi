@@ -56,8 +56,10 @@ class Document(_message.Message):
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
+    SOURCE_URI_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     CONTENT_SHA256_FIELD_NUMBER: _builtins.int
     SIZE_CHARACTERS_FIELD_NUMBER: _builtins.int
     CHUNK_COUNT_FIELD_NUMBER: _builtins.int
@@ -69,8 +71,12 @@ class Document(_message.Message):
     """Model that it is of."""
     title: _builtins.str
     """Title. Empty: it has none."""
+    source_uri: _builtins.str
+    """Where it came from, as the caller named it. Empty: not named."""
     state: Global___Document.State.ValueType
     """Where it stands."""
+    size_bytes: _builtins.float
+    """Size of its text in UTF-8, bytes."""
     content_sha256: _builtins.str
     """SHA-256 of its text, hexadecimal."""
     size_characters: _builtins.int
@@ -95,8 +101,10 @@ class Document(_message.Message):
         document_id: _builtins.str = ...,
         model_id: _builtins.str = ...,
         title: _builtins.str = ...,
+        source_uri: _builtins.str = ...,
         state: Global___Document.State.ValueType = ...,
         error: _status_pb2.Status | None = ...,
+        size_bytes: _builtins.float = ...,
         content_sha256: _builtins.str = ...,
         size_characters: _builtins.int = ...,
         chunk_count: _builtins.int = ...,
@@ -105,7 +113,7 @@ class Document(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "metadata", b"metadata"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "content_sha256", b"content_sha256", "create_time", b"create_time", "document_id", b"document_id", "error", b"error", "metadata", b"metadata", "model_id", b"model_id", "size_characters", b"size_characters", "state", b"state", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "content_sha256", b"content_sha256", "create_time", b"create_time", "document_id", b"document_id", "error", b"error", "metadata", b"metadata", "model_id", b"model_id", "size_bytes", b"size_bytes", "size_characters", b"size_characters", "source_uri", b"source_uri", "state", b"state", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -119,11 +127,14 @@ class InlineDocument(_message.Message):
 
     TITLE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    SOURCE_URI_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Title, at most 500 characters. Default empty."""
     text: _builtins.str
     """The text, 1 to 1,000,000 Unicode code points. Required. Offsets of chunks and citations count in it."""
+    source_uri: _builtins.str
+    """Where it came from, at most 2,000 characters; only echoed, never opened. Default empty."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
         """The caller's own metadata: at most 64 keys of 1 to 128 characters, each with a text, a number or a boolean. Default empty."""
@@ -133,11 +144,12 @@ class InlineDocument(_message.Message):
         *,
         title: _builtins.str = ...,
         text: _builtins.str = ...,
+        source_uri: _builtins.str = ...,
         metadata: _struct_pb2.Struct | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "source_uri", b"source_uri", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

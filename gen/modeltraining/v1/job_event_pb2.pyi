@@ -31,10 +31,13 @@ class JobEvent(_message.Message):
 
         DESCRIPTOR: _descriptor.Descriptor
 
-        STATE_FIELD_NUMBER: _builtins.int
+        FROM_STATE_FIELD_NUMBER: _builtins.int
+        TO_STATE_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
         ERROR_FIELD_NUMBER: _builtins.int
-        state: _training_job_pb2.TrainingJob.State.ValueType
+        from_state: _training_job_pb2.TrainingJob.State.ValueType
+        """State before. Unset (STATE_UNSPECIFIED): the job was created."""
+        to_state: _training_job_pb2.TrainingJob.State.ValueType
         """State now."""
         reason: _builtins.str
         """Why, in a few words or UPPER_SNAKE as in TrainingJob.state_reason. Empty: nothing to add."""
@@ -45,13 +48,14 @@ class JobEvent(_message.Message):
         def __init__(
             self,
             *,
-            state: _training_job_pb2.TrainingJob.State.ValueType = ...,
+            from_state: _training_job_pb2.TrainingJob.State.ValueType = ...,
+            to_state: _training_job_pb2.TrainingJob.State.ValueType = ...,
             reason: _builtins.str = ...,
             error: _status_pb2.Status | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "reason", b"reason", "state", b"state"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "from_state", b"from_state", "reason", b"reason", "to_state", b"to_state"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -168,22 +172,34 @@ class JobEvent(_message.Message):
         STEP_FIELD_NUMBER: _builtins.int
         EVAL_LOSS_FIELD_NUMBER: _builtins.int
         TOKENS_FIELD_NUMBER: _builtins.int
+        RECORD_COUNT_FIELD_NUMBER: _builtins.int
+        DURATION_SECONDS_FIELD_NUMBER: _builtins.int
+        BEST_FIELD_NUMBER: _builtins.int
         step: _builtins.int
         """Optimiser step after which it was made; 0: the base model."""
         eval_loss: _builtins.float
         """Mean loss per trained token over the held-out records, natural logarithm."""
         tokens: _builtins.float
         """Tokens that it is the mean of."""
+        record_count: _builtins.int
+        """Held-out records."""
+        duration_seconds: _builtins.float
+        """Time it took, seconds."""
+        best: _builtins.bool
+        """True: the best so far."""
         def __init__(
             self,
             *,
             step: _builtins.int = ...,
             eval_loss: _builtins.float = ...,
             tokens: _builtins.float = ...,
+            record_count: _builtins.int = ...,
+            duration_seconds: _builtins.float = ...,
+            best: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["eval_loss", b"eval_loss", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["best", b"best", "duration_seconds", b"duration_seconds", "eval_loss", b"eval_loss", "record_count", b"record_count", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
