@@ -1,0 +1,70 @@
+"""Loads tokenizers and causal language models from a local directory: safetensors only, never code of the model's own."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from server.basemodels.errors import BaseModelRefused
+
+# Names that published tokenizers give to a token meant for padding, best first.
+PAD_TOKEN_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "<|reserved_special_token_0|>")
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a pad token that is not its end token. Raises BaseModelRefused when there is none to load."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelRefused("The model's directory holds no tokenizer that can be loaded.", reason="TOKENIZER_INVALID") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if tokenizer.eos_token_id is None:
+        raise BaseModelRefused("The model's tokenizer has no end token: what it learns could never stop.", reason="TOKENIZER_INVALID")
+    set_distinct_pad_token(tokenizer)
+    return tokenizer
+
+
+def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a pad token that differs from its end token, without growing the vocabulary.
+
+    A pad token that equals the end token invites masking by token, and then a model that never stops (trl issue 1623).
+    """
+    end = tokenizer.eos_token
+    if tokenizer.pad_token is not None and tokenizer.pad_token != end:
+        return
+    vocabulary = tokenizer.get_vocab()
+    named = [name for name in PAD_TOKEN_NAMES if name in vocabulary]
+    others = [str(token) for token in tokenizer.all_special_tokens]
+    first_ids = sorted(vocabulary, key=lambda token: vocabulary[token])
+    tokenizer.pad_token = next(token for token in (*named, *others, *first_ids) if token != end)
+
+
+def load_causal_model(
+    directory: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a causal language model in evaluation mode. Raises BaseModelRefused when transformers cannot load it safely."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BaseModelRefused(
+            "The model's directory holds no causal language model that can be loaded.", reason="MODEL_INVALID"
+        ) from error
+    assert isinstance(model, PreTrainedModel)
+    model.to(device)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only
+    model.eval()
+    return model
+
+
+def preferred_dtype(device: str | torch.device = "cpu") -> torch.dtype:
+    """Give bfloat16 where the device multiplies it natively (AVX-512 BF16 or AMX; compute capability 8), else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def count_context_tokens(model: PreTrainedModel) -> int:
+    """Give the longest sequence that the model takes, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2048)
