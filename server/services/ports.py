@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.domain.datasets import Dataset
-from server.domain.documents import Document, NewDocument
+from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import ErrorData
-from server.domain.events import JobEvent, LoggedPayload, ResultReady, StepDone
+from server.domain.events import Evaluated, JobEvent, LoggedPayload, ResultReady, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, ModelVersion
@@ -105,6 +105,9 @@ class Jobs(Protocol):
     async def list_steps(self, job_id: str, max_points: int) -> Sequence[StepDone]:
         """Read the training curve, thinned in the database to at most `max_points` (the last step always among them)."""
 
+    async def list_evaluations(self, job_id: str, max_points: int) -> Sequence[Evaluated]:
+        """Read the evaluations in order of their steps, thinned likewise."""
+
     async def list_checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """List the job's checkpoints, latest step first."""
 
@@ -134,8 +137,8 @@ class Documents(Protocol):
     async def get(self, model_id: str, document_id: str) -> Document:
         """Read a document without its text. Raises NotFound."""
 
-    async def list(self, model_id: str, page: Page) -> Sequence[Document]:
-        """List documents, newest first."""
+    async def list(self, model_id: str, page: Page, state: DocumentState | None = None) -> Sequence[Document]:
+        """List documents, newest first; None takes every state."""
 
     async def delete(self, model_id: str, document_id: str) -> None:
         """Remove a document with its chunks and vectors, at once. Raises NotFound."""
@@ -174,7 +177,7 @@ class Database(Protocol):
 class JobFeed(Protocol):
     """Tells watchers that a job's log has grown. One query serves all watchers of this process."""
 
-    async def wait(self, job_id: str, after_sequence: int, timeout_seconds: float) -> bool:
+    async def wait(self, organization: str, job_id: str, after_sequence: int, timeout_seconds: float) -> bool:
         """Return True once the log of the job is longer than `after_sequence`, False after the timeout."""
 
 
@@ -224,9 +227,8 @@ class JobQueue(Protocol):
     async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
         """Add the row and its event; drop all rows but the latest `keep`, and give the dropped ones for their files."""
 
-    async def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
+    def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
         """Stream the texts of the model's PENDING documents."""
-        yield DocumentText("", "", "")
 
     async def commit_document(
         self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
@@ -252,15 +254,22 @@ class JobQueue(Protocol):
         """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
 
 
-class DatasetFiles(Protocol):
-    """Where uploaded datasets lie."""
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """What was written to disk."""
 
-    async def write(self, path: str, data: AsyncIterator[bytes], max_bytes: int) -> None:
+    size_bytes: int
+    sha256: str
+
+
+class Files(Protocol):
+    """Files under MODEL_STORAGE_PATH, by relative path."""
+
+    async def write(self, path: str, data: AsyncIterator[bytes], max_bytes: int) -> StoredFile:
         """Stream to disk, aside and renamed. Raises ResourceExhausted over `max_bytes` or on a full disk; leaves nothing behind."""
 
-    async def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
-        """Stream the lines in bounded batches; a line longer than a record may be is cut."""
-        yield ()
+    def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
+        """Stream the lines in bounded batches, without their ends; a line longer than a record may be comes cut, but still too long."""
 
     async def delete_tree(self, path: str) -> None:
         """Remove a file or directory under the storage root, if it is there."""

@@ -1,0 +1,161 @@
+"""ModelService: models, their documents and the catalogue."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS, BaseModel, EmbeddingModel
+from server.domain.documents import Document
+from server.domain.errors import FailedPrecondition, Unavailable
+from server.domain.jobs import Job
+from server.domain.models import Model
+from server.services.fine_tuning import FineTuning
+from server.services.paging import close_page, open_page
+from server.services.ports import BaseModels, Database, Engine, Files
+from server.services.rag_models import RagModels, merge_retrieval
+from server.services.requests import (
+    AddDocuments,
+    Created,
+    CreateFineTunedModel,
+    CreateRagModel,
+    Listed,
+    ListDocuments,
+    ListModels,
+    PageRequest,
+    UpdateModel,
+)
+from server.services.validation import MAX_DESCRIPTION_CHARACTERS, MAX_NAME_CHARACTERS, Violations, check_retrieval
+
+CatalogueEntry = TypeVar("CatalogueEntry", BaseModel, EmbeddingModel)
+
+
+class ModelService:
+    """Use cases of models."""
+
+    def __init__(
+        self, database: Database, files: Files, engine: Engine, base_models: BaseModels, fine_tuning: FineTuning, rag_models: RagModels
+    ) -> None:
+        self._database = database
+        self._files = files
+        self._engine = engine
+        self._base_models = base_models
+        self._fine_tuning = fine_tuning
+        self._rag_models = rag_models
+
+    async def list_models(self, organization: str, request: ListModels) -> Listed[Model]:
+        """List models, newest first."""
+        page = open_page(request.page, request.where)
+        async with self._database.transaction(organization) as transaction:
+            items = await transaction.models.list(request.where, page)
+        return close_page(items, page, request.where, lambda model: model.model_id)
+
+    async def get_model(self, organization: str, model_id: str) -> Model:
+        """Read a model. Raises NotFound."""
+        async with self._database.transaction(organization) as transaction:
+            return await transaction.models.get(model_id)
+
+    async def update_model(self, organization: str, request: UpdateModel) -> Model:
+        """Change names, labels and retrieval defaults. Raises NotFound, InvalidInput."""
+        async with self._database.transaction(organization) as transaction:
+            model = await transaction.models.get(request.model_id, lock=True)
+            changed = _apply(model, request)
+            await transaction.models.save(changed)
+            return await transaction.models.get(request.model_id)
+
+    async def delete_model(self, organization: str, model_id: str) -> None:
+        """Remove a model with everything of it. Raises FailedPrecondition while a job or a RAG model uses it."""
+        async with self._database.transaction(organization) as transaction:
+            await transaction.models.get(model_id, lock=True)
+            if jobs := await transaction.jobs.list_active(model_id=model_id):
+                raise _in_use("job", jobs[0], "Cancel it or wait for its end.")
+            if users := await transaction.models.list_users(model_id):
+                raise _in_use("RAG model", users[0], "Delete that one first.")
+            await transaction.models.delete(model_id)
+        # The rows are gone, so nobody finds the files any more; what a crash leaves here the worker's sweep removes.
+        with suppress(Unavailable):  # an engine that is down holds nothing
+            await self._engine.forget(model_id)
+        await self._files.delete_tree(f"{organization}/models/{model_id}")
+
+    async def create_fine_tuned_model(self, organization: str, request: CreateFineTunedModel) -> Created:
+        """Start a fine-tuning."""
+        return await self._fine_tuning.create(organization, request)
+
+    async def create_rag_model(self, organization: str, request: CreateRagModel) -> Created:
+        """Start building a RAG model."""
+        return await self._rag_models.create(organization, request)
+
+    async def add_documents(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job]:
+        """Add documents to a RAG model and start the job that indexes them."""
+        return await self._rag_models.add_documents(organization, request)
+
+    async def list_documents(self, organization: str, request: ListDocuments) -> Listed[Document]:
+        """List a model's documents, newest first. Raises NotFound."""
+        filters = (request.model_id, request.state)
+        page = open_page(request.page, filters)
+        async with self._database.transaction(organization) as transaction:
+            await transaction.models.get(request.model_id)
+            items = await transaction.documents.list(request.model_id, page, state=request.state)
+        return close_page(items, page, filters, lambda document: document.document_id)
+
+    async def get_document(self, organization: str, model_id: str, document_id: str) -> Document:
+        """Read a document. Raises NotFound."""
+        async with self._database.transaction(organization) as transaction:
+            await transaction.models.get(model_id)
+            return await transaction.documents.get(model_id, document_id)
+
+    async def delete_document(self, organization: str, model_id: str, document_id: str) -> None:
+        """Remove a document with its chunks, at once. Raises NotFound."""
+        async with self._database.transaction(organization) as transaction:
+            await transaction.models.get(model_id)
+            await transaction.documents.delete(model_id, document_id)
+
+    def list_base_models(self, request: PageRequest) -> Listed[tuple[BaseModel, bool]]:
+        """List the catalogue, each with whether it can be loaded here now."""
+        items, token = _slice(BASE_MODELS, request)
+        return Listed([(item, self._base_models.is_present(item.base_model_id)) for item in items], token)
+
+    def list_embedding_models(self, request: PageRequest) -> Listed[tuple[EmbeddingModel, bool]]:
+        """List the embedding models that are promised, each with whether it can be loaded here now."""
+        items, token = _slice(EMBEDDING_MODELS, request)
+        return Listed([(item, self._base_models.is_present(item.embedding_model_id)) for item in items], token)
+
+
+def _slice(items: Sequence[CatalogueEntry], request: PageRequest) -> tuple[Sequence[CatalogueEntry], str]:
+    """Cut a page out of a catalogue, in its own order."""
+    page = open_page(request, "catalogue")
+    names = [_name(item) for item in items]
+    start = names.index(page.before_id) + 1 if page.before_id in names else 0
+    listed = close_page(items[start : start + page.size], page, "catalogue", _name)
+    return listed.items, listed.next_page_token
+
+
+def _name(item: BaseModel | EmbeddingModel) -> str:
+    return item.base_model_id if isinstance(item, BaseModel) else item.embedding_model_id
+
+
+def _apply(model: Model, request: UpdateModel) -> Model:
+    """Check and apply the changes; what was left out stays."""
+    found = Violations()
+    if request.display_name is not None:
+        found.text("display_name", request.display_name, MAX_NAME_CHARACTERS, least=1)
+    if request.description is not None:
+        found.text("description", request.description, MAX_DESCRIPTION_CHARACTERS)
+    labels = {key: value for key, value in {**model.labels, **request.labels}.items() if value}
+    found.labels(labels)
+    if request.retrieval is not None:
+        check_retrieval(found, request.retrieval)
+        if model.rag is None:
+            found.add("retrieval", "can be set on RAG models only")
+    found.raise_if_any()
+    return replace(
+        model,
+        display_name=model.display_name if request.display_name is None else request.display_name,
+        description=model.description if request.description is None else request.description,
+        labels=labels,
+        rag=replace(model.rag, retrieval=merge_retrieval(model.rag.retrieval, request.retrieval)) if model.rag else None,
+    )
+
+
+def _in_use(kind: str, name: str, advice: str) -> FailedPrecondition:
+    return FailedPrecondition(f"The model is in use by the {kind} {name}. {advice}", reason="MODEL_IN_USE", metadata={"used_by": name})

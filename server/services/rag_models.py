@@ -1,0 +1,183 @@
+"""Making RAG models and adding documents to them: check everything at once, store documents and the job that indexes them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from server.domain.catalogue import find_embedding_model
+from server.domain.documents import Document, NewDocument
+from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
+from server.domain.ids import DOCUMENT, JOB, MODEL, new_id
+from server.domain.jobs import Job, JobKind, JobState
+from server.domain.models import Model, ModelState, ModelType, RagConfiguration
+from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSettings
+from server.domain.specs import IndexSpec
+from server.services.fine_tuning import check_base_model
+from server.services.idempotency import find_issued, hash_body, remember
+from server.services.ports import BaseModels, Database, Transaction
+from server.services.rag_prompt import check_template
+from server.services.requests import AddDocuments, Created, CreateRagModel
+from server.services.validation import Violations, check_retrieval
+
+MAX_DOCUMENTS = 1_000  # per request
+MAX_DOCUMENT_CHARACTERS = 2_000_000
+MAX_TEMPLATE_CHARACTERS = 20_000
+MIN_CHUNK_TOKENS = 16
+MAX_CHUNK_TOKENS = 8_192  # the longest that a promised embedding model reads
+DEFAULT_OVERLAP_TOKENS = 32
+
+
+class RagModels:
+    """The use cases CreateRagModel and AddDocuments."""
+
+    def __init__(self, database: Database, base_models: BaseModels) -> None:
+        self._database = database
+        self._base_models = base_models
+
+    async def create(self, organization: str, request: CreateRagModel) -> Created:
+        """Store a RAG model with its first documents and the job that indexes them. Raises InvalidInput naming every bad field."""
+        body = hash_body(request)
+        found = Violations()
+        _check_plain(found, request)
+        embedding_model = self._base_models.canonical_name(request.embedding_model)
+        await check_base_model(self._base_models, found, "embedding_model", embedding_model)
+        _check_chunking(found, request, embedding_model)
+        generator = self._base_models.canonical_name(request.generator_model_id)
+        if not generator.startswith(f"{MODEL}_"):
+            await check_base_model(self._base_models, found, "generator_model_id", generator)
+        async with self._database.transaction(organization) as transaction:
+            if issued := await find_issued(transaction, "CreateRagModel", request.request_id, body):
+                return Created(await transaction.models.get(issued["model_id"]), await transaction.jobs.get(issued["job_id"]))
+            base_model = await _find_generator_base(transaction, found, generator)
+            found.raise_if_any()
+            model = _new_model(request, generator, base_model, embedding_model)
+            job = _new_job(model)
+            if request.validate_only:
+                return Created(replace(model, model_id=""), replace(job, job_id="", model_id=""))
+            await transaction.models.insert(model)
+            await transaction.documents.insert(model.model_id, [(new_id(DOCUMENT), document) for document in request.documents])
+            await transaction.jobs.insert(job)
+            made = {"model_id": model.model_id, "job_id": job.job_id}
+            await remember(transaction, "CreateRagModel", request.request_id, body, made)
+            return Created(await transaction.models.get(model.model_id), await transaction.jobs.get(job.job_id))
+
+    async def add_documents(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job]:
+        """Add documents to a RAG model; they are found once the job that is started for them has indexed them."""
+        body = hash_body(request)
+        found = Violations()
+        check_documents(found, request.documents)
+        if not request.documents:
+            found.add("documents", "must not be empty")
+        found.raise_if_any()
+        async with self._database.transaction(organization) as transaction:
+            if issued := await find_issued(transaction, "AddDocuments", request.request_id, body):
+                ids = issued["document_ids"].split(",")
+                return [await transaction.documents.get(request.model_id, name) for name in ids], await transaction.jobs.get(issued["job_id"])
+            model = await transaction.models.get(request.model_id, lock=True)
+            if model.type is not ModelType.RAG:
+                raise FailedPrecondition("Only RAG models have documents.", reason="NOT_A_RAG_MODEL", metadata={"model_id": model.model_id})
+            job = _new_job(model)
+            if request.validate_only:
+                return [], replace(job, job_id="")
+            documents = await transaction.documents.insert(model.model_id, [(new_id(DOCUMENT), new) for new in request.documents])
+            await transaction.jobs.insert(job)
+            made = {"document_ids": ",".join(document.document_id for document in documents), "job_id": job.job_id}
+            await remember(transaction, "AddDocuments", request.request_id, body, made)
+            return documents, await transaction.jobs.get(job.job_id)
+
+
+def check_documents(found: Violations, documents: Sequence[NewDocument]) -> None:
+    """Check inline documents."""
+    if len(documents) > MAX_DOCUMENTS:
+        found.add("documents", f"must be at most {MAX_DOCUMENTS:,} per request, not {len(documents):,}: add the others later")
+        return
+    for place, document in enumerate(documents):
+        found.text(f"documents[{place}].text", document.text, MAX_DOCUMENT_CHARACTERS, least=1)
+        found.text(f"documents[{place}].title", document.title, 500)
+        found.text(f"documents[{place}].source_uri", document.source_uri, 2_000)
+
+
+def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | None) -> RetrievalSettings:
+    """Apply what a request sets over a model's defaults."""
+    if asked is None:
+        return settings
+    return RetrievalSettings(
+        top_k=settings.top_k if asked.top_k is None else asked.top_k,
+        similarity_threshold=settings.similarity_threshold if asked.similarity_threshold is None else asked.similarity_threshold,
+        search_mode=asked.search_mode or settings.search_mode,
+        max_context_tokens=settings.max_context_tokens if asked.max_context_tokens is None else asked.max_context_tokens,
+    )
+
+
+def _check_plain(found: Violations, request: CreateRagModel) -> None:
+    found.name(request.display_name, request.description, request.request_id)
+    found.labels(request.labels)
+    check_retrieval(found, request.retrieval)
+    check_documents(found, request.documents)
+    found.text("prompt_template", request.prompt_template, MAX_TEMPLATE_CHARACTERS)
+    if request.prompt_template and len(request.prompt_template) <= MAX_TEMPLATE_CHARACTERS:
+        try:
+            check_template(request.prompt_template)
+        except InvalidInput as error:
+            found.add("prompt_template", str(error))
+
+
+def _check_chunking(found: Violations, request: CreateRagModel, embedding_model: str) -> None:
+    known = find_embedding_model(embedding_model)
+    longest = known.max_tokens if known else MAX_CHUNK_TOKENS
+    found.number("chunking.max_tokens", request.max_chunk_tokens, MIN_CHUNK_TOKENS, longest)
+    found.number("chunking.overlap_tokens", request.overlap_tokens, 0, (request.max_chunk_tokens or min(longest, 256)) // 2)
+
+
+async def _find_generator_base(transaction: Transaction, found: Violations, generator: str) -> str:
+    """Give the base model that answers in the end."""
+    if not generator.startswith(f"{MODEL}_"):
+        return generator
+    try:
+        model = await transaction.models.get(generator, lock=True)
+    except NotFound as error:
+        found.add("generator_model_id", str(error))
+        return ""
+    if model.type is not ModelType.FINE_TUNED or model.state is not ModelState.READY:
+        found.add("generator_model_id", "must be a base model or a fine-tuned model that is READY")
+    return model.base_model
+
+
+def _new_model(request: CreateRagModel, generator: str, base_model: str, embedding_model: str) -> Model:
+    now = datetime.now(UTC)
+    overlap = request.overlap_tokens
+    if overlap is None:
+        overlap = min(DEFAULT_OVERLAP_TOKENS, (request.max_chunk_tokens or 256) // 2)
+    return Model(
+        model_id=new_id(MODEL),
+        type=ModelType.RAG,
+        display_name=request.display_name,
+        description=request.description,
+        labels=dict(request.labels),
+        state=ModelState.CREATING,
+        base_model=base_model,
+        create_time=now,
+        update_time=now,
+        rag=RagConfiguration(
+            generator_model_id=generator,
+            embedding_model=embedding_model,
+            retrieval=merge_retrieval(RetrievalSettings(), request.retrieval),
+            chunking=Chunking(request.max_chunk_tokens or 0, overlap),
+            prompt_template=request.prompt_template,
+        ),
+    )
+
+
+def _new_job(model: Model) -> Job:
+    if model.rag is None:
+        raise ValueError(f"{model.model_id} is not a RAG model")
+    now = datetime.now(UTC)
+    return Job(
+        job_id=new_id(JOB),
+        kind=JobKind.RAG_INDEX,
+        model_id=model.model_id,
+        state=JobState.QUEUED,
+        spec=IndexSpec(model.rag.embedding_model, model.rag.chunking),
+        create_time=now,
+        update_time=now,
+    )

@@ -1,0 +1,166 @@
+"""What callers ask for, decoded but not yet checked: one dataclass per request that is more than an id. None: left out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from server.domain.datasets import DatasetFormat
+from server.domain.documents import DocumentState, NewDocument
+from server.domain.generation import ChatMessage, GenerationParameters
+from server.domain.jobs import Job
+from server.domain.models import Model
+from server.domain.retrieval import RetrievalOverrides
+from server.domain.specs import LoraTechnique, ParametersRequest
+from server.services.ports import JobFilter, ModelFilter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PageRequest:
+    """Which page of a list is wanted."""
+
+    page_size: int | None = None
+    page_token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed(Generic[T]):
+    """One page, newest first; an empty token says that it is the last."""
+
+    items: Sequence[T]
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class ListModels:
+    """A page of models."""
+
+    where: ModelFilter
+    page: PageRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ListJobs:
+    """A page of jobs."""
+
+    where: JobFilter
+    page: PageRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ListDocuments:
+    """A page of a model's documents."""
+
+    model_id: str
+    page: PageRequest
+    state: DocumentState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateModel:
+    """Names, labels and retrieval defaults to change. An empty label value removes the label."""
+
+    model_id: str
+    display_name: str | None = None
+    description: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    retrieval: RetrievalOverrides | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CreateFineTunedModel:
+    """A fine-tuning to start. Exactly one of `dataset_id` and `inline_records` (JSONL lines) is set."""
+
+    display_name: str
+    base_model: str
+    technique: LoraTechnique | None
+    parameters: ParametersRequest
+    description: str = ""
+    model_id: str = ""
+    dataset_id: str = ""
+    inline_records: Sequence[bytes] = ()
+    eval_dataset_id: str = ""
+    eval_fraction: float | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRagModel:
+    """A RAG model to make, with its first documents."""
+
+    display_name: str
+    generator_model_id: str
+    embedding_model: str
+    retrieval: RetrievalOverrides
+    max_chunk_tokens: int | None = None
+    overlap_tokens: int | None = None
+    description: str = ""
+    documents: Sequence[NewDocument] = ()
+    prompt_template: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AddDocuments:
+    """Documents to add to a RAG model."""
+
+    model_id: str
+    documents: Sequence[NewDocument]
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UploadDataset:
+    """What goes with an uploaded file."""
+
+    display_name: str
+    format: DatasetFormat | None = None
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """A generation. Exactly one of `prompt` and `messages` is set."""
+
+    model_id: str
+    parameters: GenerationParameters
+    version: int | None = None
+    prompt: str | None = None
+    messages: Sequence[ChatMessage] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieve:
+    """A search without generation."""
+
+    model_id: str
+    query: str
+    retrieval: RetrievalOverrides
+
+
+@dataclass(frozen=True, slots=True)
+class RagGenerate:
+    """A question to a RAG model, with the conversation before it."""
+
+    model_id: str
+    query: str
+    retrieval: RetrievalOverrides
+    parameters: GenerationParameters
+    messages: Sequence[ChatMessage] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A model and the job that makes it."""
+
+    model: Model
+    job: Job | None
+
+

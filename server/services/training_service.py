@@ -1,0 +1,147 @@
+"""TrainingService: jobs, their progress, and datasets."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+
+from server.domain.errors import ErrorData, FailedPrecondition
+from server.domain.events import JobEvent, StepDone
+from server.domain.jobs import Job, JobState, cancelled_from
+from server.domain.models import ModelState
+from server.services.datasets import Datasets
+from server.services.paging import close_page, open_page
+from server.services.ports import Database, JobFeed, Transaction
+from server.services.requests import Listed, ListJobs
+from server.services.validation import Violations
+
+HEARTBEAT_SECONDS = 10.0  # below the idle time-outs of common proxies (60 s and up)
+EVENTS_PER_READ = 500
+DEFAULT_METRIC_POINTS = 1_000
+MAX_METRIC_POINTS = 10_000
+METRIC_NAMES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "eval_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The job as it is when a watch begins."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Nothing happened for a while; the stream is alive."""
+
+    job_id: str
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job is in a terminal state, and every event was sent."""
+
+    job: Job
+
+
+WatchItem = Snapshot | JobEvent | Heartbeat | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve: (step, value) in order."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+
+
+class TrainingService:
+    """Use cases of jobs; those of datasets are in `datasets`."""
+
+    def __init__(self, database: Database, feed: JobFeed, datasets: Datasets) -> None:
+        self._database = database
+        self._feed = feed
+        self.datasets = datasets
+
+    async def list_jobs(self, organization: str, request: ListJobs) -> Listed[Job]:
+        """List jobs, newest first."""
+        page = open_page(request.page, request.where)
+        async with self._database.transaction(organization) as transaction:
+            items = await transaction.jobs.list(request.where, page)
+        return close_page(items, page, request.where, lambda job: job.job_id)
+
+    async def get_job(self, organization: str, job_id: str) -> Job:
+        """Read a job. Raises NotFound."""
+        async with self._database.transaction(organization) as transaction:
+            return await transaction.jobs.get(job_id)
+
+    async def cancel_job(self, organization: str, job_id: str) -> Job:
+        """Cancel a job; again is harmless. Raises NotFound, FailedPrecondition where it SUCCEEDED or FAILED."""
+        async with self._database.transaction(organization) as transaction:
+            job = await transaction.jobs.get(job_id, lock=True)
+            if job.state in (JobState.SUCCEEDED, JobState.FAILED):
+                raise FailedPrecondition(
+                    f"The job is finished ({job.state.value}): there is nothing to cancel.",
+                    reason="JOB_FINISHED",
+                    metadata={"job_id": job_id, "state": job.state.value},
+                )
+            state = cancelled_from(job.state)
+            if state is job.state:
+                return job
+            cancelled = await transaction.jobs.change_state(job_id, state, "cancelled by the user")
+            if cancelled.is_finished:
+                await _give_up_model(transaction, job.model_id)
+            return cancelled
+
+    async def get_metrics(self, organization: str, job_id: str, names: Sequence[str], max_points: int | None) -> Sequence[Series]:
+        """Read the curves of a job, thinned to at most `max_points` each. Raises NotFound, InvalidInput."""
+        found = Violations()
+        found.number("max_points", max_points, 1, MAX_METRIC_POINTS)
+        for place, name in enumerate(names):
+            if name not in METRIC_NAMES:
+                found.add(f"names[{place}]", f"must be one of {', '.join(METRIC_NAMES)}")
+        found.raise_if_any()
+        async with self._database.transaction(organization) as transaction:
+            await transaction.jobs.get(job_id)
+            steps = await transaction.jobs.list_steps(job_id, max_points or DEFAULT_METRIC_POINTS)
+            evaluations = await transaction.jobs.list_evaluations(job_id, max_points or DEFAULT_METRIC_POINTS)
+        return [
+            Series(name, [(e.step, e.loss) for e in evaluations] if name == "eval_loss" else _curve(steps, name))
+            for name in names or METRIC_NAMES
+        ]
+
+    async def watch_job(self, organization: str, job_id: str, after_sequence: int) -> AsyncIterator[WatchItem]:
+        """Stream a snapshot, every event after `after_sequence` in order, heartbeats while idle, and the end. Raises NotFound, InvalidInput.
+
+        Reads the log page by page as the reader takes it: a slow reader costs no memory, and no transaction is open between two items.
+        """
+        found = Violations()
+        found.number("after_sequence", after_sequence, 0, 2**31 - 1)
+        found.raise_if_any()
+        yield Snapshot(await self.get_job(organization, job_id))
+        position = after_sequence
+        while True:
+            async with self._database.transaction(organization) as transaction:
+                # The job first: if it is finished here, the log that is read after it is complete.
+                job = await transaction.jobs.get(job_id)
+                events = await transaction.jobs.list_events(job_id, position, EVENTS_PER_READ)
+            for event in events:
+                yield event
+                position = event.sequence
+            if len(events) == EVENTS_PER_READ:
+                continue
+            if job.is_finished:
+                yield Finished(job)
+                return
+            if not await self._feed.wait(organization, job_id, position, HEARTBEAT_SECONDS):
+                yield Heartbeat(job_id, position)
+
+
+def _curve(steps: Sequence[StepDone], name: str) -> list[tuple[int, float]]:
+    return [(step.step, float(getattr(step, name))) for step in steps]
+
+
+async def _give_up_model(transaction: Transaction, model_id: str) -> None:
+    """A model whose only job was cancelled before it began will never be READY: say so."""
+    model = await transaction.models.get(model_id, lock=True)
+    if model.state is ModelState.CREATING:
+        error = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that would have made this model was cancelled.")
+        await transaction.models.save(replace(model, state=ModelState.FAILED, error=error))

@@ -1,0 +1,130 @@
+"""Checks of plain values. A `Violations` gathers every bad field of a request, so that a caller hears of all at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from server.domain.errors import FieldViolation, InvalidInput
+from server.domain.generation import ChatMessage, GenerationParameters, Role
+from server.domain.retrieval import RetrievalOverrides, SearchMode
+
+Number = TypeVar("Number", int, float)
+
+MAX_NAME_CHARACTERS = 200
+MAX_DESCRIPTION_CHARACTERS = 2_000
+MAX_LABELS = 64
+MAX_LABEL_KEY_CHARACTERS = 63
+MAX_LABEL_VALUE_CHARACTERS = 255
+MAX_REQUEST_ID_CHARACTERS = 128
+MAX_GENERATED_TOKENS = 131_072  # the longest context among the promised models
+MAX_PROMPT_CHARACTERS = 2_000_000
+MAX_MESSAGES = 1_000
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_TOP_K = 1_000
+MAX_CONTEXT_TOKENS = 131_072
+MAX_SEED = 2**31 - 1
+MAX_LOGPROBS = 20
+
+
+class Violations:
+    """Gathers the bad fields of one request."""
+
+    def __init__(self) -> None:
+        self.found: list[FieldViolation] = []
+
+    def add(self, field: str, description: str) -> None:
+        """Note a bad field by its proto path."""
+        self.found.append(FieldViolation(field, description))
+
+    def extend(self, error: InvalidInput, prefix: str) -> None:
+        """Note what another check found, below `prefix`."""
+        for violation in error.data.violations:
+            self.add(f"{prefix}{violation.field}", violation.description)
+
+    def raise_if_any(self) -> None:
+        """Raise InvalidInput with all that was noted."""
+        if self.found:
+            raise InvalidInput.of(self.found)
+
+    def number(self, field: str, value: Number | None, low: float, high: float, *, above: bool = False, hint: str = "") -> None:
+        """Demand low <= value <= high (low < value where `above`). None was left out and is fine; NaN and infinity never are."""
+        if value is None:
+            return
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            start = f"above {low:g}" if above else f"from {_plain(low)}"
+            self.add(field, f"must be {start} to {_plain(high)}, not {_plain(value)}{hint}")
+
+    def text(self, field: str, value: str, most: int, *, least: int = 0) -> None:
+        """Demand a text of least..most characters that PostgreSQL can keep."""
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            self.add(field, "must not contain NUL characters or halves of surrogate pairs")
+        elif len(value.strip()) < least:
+            self.add(field, "must not be empty")
+        elif len(value) > most:
+            self.add(field, f"must have at most {most:,} characters, not {len(value):,}")
+
+    def labels(self, labels: Mapping[str, str]) -> None:
+        """Demand short keys and values, and not too many."""
+        if len(labels) > MAX_LABELS:
+            self.add("labels", f"must be at most {MAX_LABELS}, not {len(labels)}")
+        for key, value in labels.items():
+            self.text(f"labels[{key[:MAX_LABEL_KEY_CHARACTERS]!r}]", key, MAX_LABEL_KEY_CHARACTERS, least=1)
+            self.text(f"labels[{key[:MAX_LABEL_KEY_CHARACTERS]!r}]", value, MAX_LABEL_VALUE_CHARACTERS)
+
+    def name(self, display_name: str, description: str, request_id: str = "") -> None:
+        """Check what every creation carries."""
+        self.text("display_name", display_name, MAX_NAME_CHARACTERS, least=1)
+        self.text("description", description, MAX_DESCRIPTION_CHARACTERS)
+        self.text("request_id", request_id, MAX_REQUEST_ID_CHARACTERS)
+
+
+def _plain(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e16) else f"{value:g}"
+
+
+def check_generation(found: Violations, parameters: GenerationParameters, prefix: str = "parameters.") -> None:
+    """Check the sampling parameters."""
+    number = found.number
+    number(f"{prefix}max_tokens", parameters.max_tokens, 1, MAX_GENERATED_TOKENS)
+    number(f"{prefix}temperature", parameters.temperature, 0, 2)
+    number(f"{prefix}top_p", parameters.top_p, 0, 1, above=True)
+    number(f"{prefix}top_k", parameters.top_k, 1, MAX_TOP_K, hint="; leave it out to sample from all tokens")
+    number(f"{prefix}min_p", parameters.min_p, 0, 1)
+    number(f"{prefix}repetition_penalty", parameters.repetition_penalty, 0, 10, above=True)
+    number(f"{prefix}presence_penalty", parameters.presence_penalty, -2, 2)
+    number(f"{prefix}frequency_penalty", parameters.frequency_penalty, -2, 2)
+    number(f"{prefix}seed", parameters.seed, 0, MAX_SEED)
+    number(f"{prefix}logprobs", parameters.logprobs, 0, MAX_LOGPROBS)
+    if len(parameters.stop) > MAX_STOP_STRINGS:
+        found.add(f"{prefix}stop", f"must be at most {MAX_STOP_STRINGS} texts, not {len(parameters.stop)}")
+    for place, stop in enumerate(parameters.stop[:MAX_STOP_STRINGS]):
+        if not stop:
+            found.add(f"{prefix}stop[{place}]", "must not be empty")
+        found.text(f"{prefix}stop[{place}]", stop, MAX_STOP_CHARACTERS)
+
+
+def check_messages(found: Violations, messages: Sequence[ChatMessage], *, last: Role = Role.USER) -> None:
+    """Demand an optional system turn, then user and assistant in turn, ending with `last`."""
+    if len(messages) > MAX_MESSAGES:
+        found.add("messages", f"must be at most {MAX_MESSAGES}, not {len(messages)}")
+        return
+    system = bool(messages) and messages[0].role is Role.SYSTEM
+    for place, message in enumerate(messages):
+        found.text(f"messages[{place}].content", message.content, MAX_PROMPT_CHARACTERS, least=1)
+        if place == 0 and system:
+            continue
+        due = Role.USER if (place - system) % 2 == 0 else Role.ASSISTANT
+        if message.role is not due:
+            found.add(f"messages[{place}].role", f"is {message.role.value} where {due.value} is due: user and assistant speak in turn")
+    if messages and (messages[-1].role is not last or len(messages) == system):
+        found.add("messages", f"must end with a message of the {last.value}")
+
+
+def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: str = "retrieval.") -> None:
+    """Check search settings."""
+    found.number(f"{prefix}top_k", retrieval.top_k, 1, MAX_TOP_K)
+    found.number(f"{prefix}similarity_threshold", retrieval.similarity_threshold, -1, 1)
+    found.number(f"{prefix}max_context_tokens", retrieval.max_context_tokens, 1, MAX_CONTEXT_TOKENS)
+    if retrieval.search_mode in (SearchMode.LEXICAL, SearchMode.HYBRID):
+        found.add(f"{prefix}search_mode", f"{retrieval.search_mode.value} is not available in this version; use DENSE")
