@@ -59,7 +59,7 @@ class BaseModelSource:
 
         Raises NotFound (no such model), BaseModelUnavailable (cannot be had here now), BaseModelRefused (unsafe to load).
         """
-        name = self._aliases.get(base_model, base_model)
+        name = self.canonical_name(base_model)
         if packaged := PACKAGED_MODELS.get(name):
             return self._resolve_packaged(packaged)
         if name.startswith("/"):
@@ -68,12 +68,16 @@ class BaseModelSource:
             raise NotFound.of("base model", base_model)
         return self._resolve_hub(name)
 
+    def canonical_name(self, base_model: str) -> str:
+        """Give the hub id or path that an alias stands for; anything else stays."""
+        return self._aliases.get(base_model, base_model)
+
     def check(self, base_model: str) -> None:
         """Check without converting or downloading whether `resolve` can work; a hub id that is not cached is believed.
 
         Raises as `resolve` does.
         """
-        name = self._aliases.get(base_model, base_model)
+        name = self.canonical_name(base_model)
         if packaged := PACKAGED_MODELS.get(name):
             packaged.locate()
         elif name.startswith("/"):
@@ -83,7 +87,7 @@ class BaseModelSource:
 
     def is_present(self, base_model: str) -> bool:
         """Tell whether the model can be loaded here now, without the hub."""
-        name = self._aliases.get(base_model, base_model)
+        name = self.canonical_name(base_model)
         if packaged := PACKAGED_MODELS.get(name):
             try:
                 packaged.locate()
@@ -91,7 +95,7 @@ class BaseModelSource:
                 return False
             return True
         if name.startswith("/"):
-            return Path(name).is_dir()
+            return self._find_local(name) is not None
         return any((self._hub_path / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
 
     @property
@@ -107,10 +111,14 @@ class BaseModelSource:
         directory = convert_packaged(packaged, self._cache_path / "converted")
         return ResolvedModel(packaged.base_model, packaged.revision, directory, SourceKind.PACKAGED)
 
-    def _local_directory(self, name: str) -> Path:
+    def _find_local(self, name: str) -> Path | None:
         directory = Path(name).resolve()
         allowed = any(directory.is_relative_to(root) for root in self._allowed_local_roots)
-        if not allowed or not directory.is_dir():
+        return directory if allowed and directory.is_dir() else None
+
+    def _local_directory(self, name: str) -> Path:
+        directory = self._find_local(name)
+        if directory is None:
             # The same answer for what is missing and what is not allowed: callers cannot feel their way through the disk.
             raise NotFound.of("base model", name)
         return directory

@@ -1,0 +1,1 @@
+"""Artefacts under MODEL_STORAGE_PATH: written whole or not at all, sealed by hashes, verified when opened."""

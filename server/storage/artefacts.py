@@ -1,0 +1,177 @@
+"""Directories of files that are written aside, hashed, flushed and renamed, and checked against their manifest when opened.
+
+Knows nothing of what the files mean. Paths from outside are relative to the root and can never leave it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from tempfile import mkdtemp
+
+from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted
+
+MANIFEST_NAME = "manifest.json"
+MANIFEST_FORMAT = 1
+HASH_BLOCK_BYTES = 1 << 20
+DIRECTORY_MODE = 0o750
+PARTIAL_SUFFIX = ".partial"
+# Kept free beside what a writer asked for: the database and the logs often share the disk.
+RESERVE_BYTES = 64 << 20
+
+# Values of a manifest's description: JSON scalars and lists of them.
+Described = str | int | float | bool | list[int] | list[str]
+
+
+class ArtefactInvalid(FailedPrecondition):
+    """An artefact is missing, incomplete or damaged; the message names the file in it, never the server's path."""
+
+    default_reason = "ARTIFACT_INVALID"
+
+
+class DiskFull(ResourceExhausted):
+    """The disk under MODEL_STORAGE_PATH has not the room that is needed."""
+
+    default_reason = "DISK_FULL"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSeal:
+    """What a file must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """A verified directory. `manifest_sha256` seals the manifest, and through it every file; `size_bytes` counts all."""
+
+    path: str
+    directory: Path
+    manifest_sha256: str
+    size_bytes: int
+    files: Mapping[str, FileSeal]
+    description: Mapping[str, Described]
+
+
+class ArtefactStore:
+    """The artefacts below one root directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def write(self, path: str, fill: Callable[[Path], Mapping[str, Described]]) -> Artefact:
+        """Make the artefact at `path`: `fill` puts its files into an empty directory and returns what the manifest shall say of them.
+
+        The directory appears under its name only when every byte is on the disk; whatever goes wrong before leaves nothing.
+        Replaces what stood there. Raises DiskFull, or what `fill` raised.
+        """
+        target = self.locate(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(mkdtemp(prefix=f".{target.name}-", suffix=PARTIAL_SUFFIX, dir=target.parent))
+        try:
+            description = fill(aside)
+            _write_manifest(aside, _seal_files(aside), description)
+            for written in (*(file for file in aside.rglob("*")), aside):
+                _flush(written)
+            aside.chmod(DIRECTORY_MODE)
+            shutil.rmtree(target, ignore_errors=True)
+            aside.rename(target)
+            _flush(target.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull("The disk under MODEL_STORAGE_PATH is full.") from error
+            raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return self.open(path)
+
+    def open(self, path: str, manifest_sha256: str | None = None) -> Artefact:
+        """Check every file of an artefact against its manifest, and that against `manifest_sha256`. Raises ArtefactInvalid."""
+        directory = self.locate(path)
+        try:
+            sealed = (directory / MANIFEST_NAME).read_bytes()
+            content = json.loads(sealed)
+            files = {name: FileSeal(str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in content["files"].items()}
+            description = dict(content["description"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ArtefactInvalid("The artefact has no readable manifest.") from None
+        digest = hashlib.sha256(sealed).hexdigest()
+        if manifest_sha256 is not None and digest != manifest_sha256:
+            raise ArtefactInvalid("The artefact's manifest is not the one that was recorded.")
+        present = {str(file.relative_to(directory)) for file in directory.rglob("*") if not file.is_dir()}
+        if foreign := present - files.keys() - {MANIFEST_NAME}:
+            raise ArtefactInvalid(f"The artefact holds {min(foreign)}, which its manifest does not name.")
+        for name, seal in files.items():
+            _check_file(directory / name, name, seal)
+        size_bytes = len(sealed) + sum(seal.size_bytes for seal in files.values())
+        return Artefact(path, directory, digest, size_bytes, files, description)
+
+    def delete(self, path: str) -> None:
+        """Remove an artefact, or any directory below the root, if it is there. It is gone from its name at once."""
+        target = self.locate(path)
+        if not target.exists():
+            return
+        aside = Path(mkdtemp(prefix=f".{target.name}-", suffix=PARTIAL_SUFFIX, dir=target.parent))
+        target.rename(aside / target.name)
+        shutil.rmtree(aside)
+
+    def require_space(self, size_bytes: int) -> None:
+        """Raise DiskFull where the disk has not `size_bytes` and a reserve left."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._root).free
+        if free < size_bytes + RESERVE_BYTES:
+            raise DiskFull(
+                f"The disk under MODEL_STORAGE_PATH has {free >> 20} MiB left; {(size_bytes + RESERVE_BYTES) >> 20} MiB are needed."
+            )
+
+    def locate(self, path: str) -> Path:
+        """Give the place of a relative path below the root. Raises InvalidInput for one that could lead out of it."""
+        parts = PurePosixPath(path).parts
+        plain = bool(parts) and not path.startswith("/") and not any(part == ".." or part.startswith(".") or "\0" in part for part in parts)
+        located = self._root.joinpath(*parts)
+        if not plain or not located.resolve().is_relative_to(self._root.resolve()):
+            raise InvalidInput.field("path", "is no path inside the storage")
+        return located
+
+
+def _check_file(file: Path, name: str, seal: FileSeal) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise ArtefactInvalid(f"The artefact's file {name} is missing.")
+    if file.stat().st_size != seal.size_bytes or _hash_file(file) != seal.sha256:
+        raise ArtefactInvalid(f"The artefact's file {name} is not the one that was written.")
+
+
+def _seal_files(directory: Path) -> dict[str, FileSeal]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): FileSeal(_hash_file(file), file.stat().st_size) for file in files}
+
+
+def _write_manifest(directory: Path, files: Mapping[str, FileSeal], description: Mapping[str, Described]) -> None:
+    content = {
+        "format": MANIFEST_FORMAT,
+        "files": {name: {"sha256": seal.sha256, "size_bytes": seal.size_bytes} for name, seal in files.items()},
+        "description": dict(description),
+    }
+    (directory / MANIFEST_NAME).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
