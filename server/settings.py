@@ -78,15 +78,21 @@ def _variable(name: str, parse: Callable[[str], object], default: str, descripti
 class Settings:
     """The deployment's configuration. Each field's metadata holds its variable, default and description."""
 
-    data_directory: Path = _variable("DATA_DIRECTORY", _path, ".data", "Everything that this machine keeps: database, storage, cache, logs.")
+    data_directory: Path = _variable(
+        "DATA_DIRECTORY", _path, ".data", "Everything that this machine keeps: database, storage, cache, logs."
+    )
     storage_path: Path = _variable("MODEL_STORAGE_PATH", _path, "{data}/storage", "Datasets, checkpoints and finished models.")
-    cache_path: Path = _variable("MODEL_CACHE_PATH", _path, "{data}/cache", "Base models, downloaded and converted; can be deleted at any time.")
+    cache_path: Path = _variable(
+        "MODEL_CACHE_PATH", _path, "{data}/cache", "Base models, downloaded and converted; can be deleted at any time."
+    )
     local_models_paths: tuple[Path, ...] = _variable(
         "LOCAL_MODELS_PATH", _paths, "{data}/models", "Directories (separated by `:`) whose models may be named by absolute path."
     )
     max_training_jobs: int = _variable("MAX_TRAINING_JOBS", _integer(1, 1000), "1", "Fine-tuning jobs that run at once, over all workers.")
     max_index_jobs: int = _variable("MAX_INDEX_JOBS", _integer(1, 1000), "1", "RAG index jobs that run at once, over all workers.")
-    default_batch_size: int = _variable("DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none.")
+    default_batch_size: int = _variable(
+        "DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none."
+    )
     default_learning_rate: float = _variable(
         "DEFAULT_LEARNING_RATE", _number(0.0, 1.0), "0.001", "Peak learning rate where a request names none."
     )
@@ -95,12 +101,16 @@ class Settings:
     http_port: int = _variable("HTTP_PORT", _integer(1, 65535), "8003", "REST and gRPC, through Envoy.")
     grpc_port: int = _variable("GRPC_PORT", _integer(1, 65535), "50051", "gRPC, without Envoy.")
     engine_socket: Path = _variable("ENGINE_SOCKET", Path, "{run}/engine.sock", "Unix socket between api and engine.")
-    lease_seconds: float = _variable("LEASE_SECONDS", _number(1.0, 3600.0), "20", "A worker that is silent for so long loses its job to another.")
+    lease_seconds: float = _variable(
+        "LEASE_SECONDS", _number(1.0, 3600.0), "20", "A worker that is silent for so long loses its job to another."
+    )
     heartbeat_seconds: float = _variable(
         "HEARTBEAT_SECONDS", _number(0.0, 600.0), "1", "How often a worker renews its lease and asks whether the job was cancelled."
     )
     max_job_attempts: int = _variable("MAX_JOB_ATTEMPTS", _integer(1, 100), "5", "Attempts after crashes before a job fails as CRASH_LOOP.")
-    max_dataset_bytes: int = _variable("MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes.")
+    max_dataset_bytes: int = _variable(
+        "MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes."
+    )
     max_concurrent_generations: int = _variable(
         "MAX_CONCURRENT_GENERATIONS", _integer(1, 1024), "16", "Generations that the engine computes together."
     )

@@ -24,7 +24,7 @@ from server.domain.specs import (
 from server.services.datasets import Datasets
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
-from server.services.requests import CreateFineTunedModel, Created
+from server.services.requests import Created, CreateFineTunedModel
 from server.services.validation import MAX_CONTEXT_TOKENS, MAX_SEED, Violations
 
 METHOD = "CreateFineTunedModel"
@@ -77,7 +77,9 @@ class FineTuning:
             model = target or _new_model(request, base_model)
             job = _new_job(model, spec)
             if request.validate_only:
-                return Created(model if target else replace(model, model_id=""), replace(job, job_id="", model_id=target.model_id if target else ""))
+                return Created(
+                    model if target else replace(model, model_id=""), replace(job, job_id="", model_id=target.model_id if target else "")
+                )
             if target is None:
                 await transaction.models.insert(model)
             await transaction.jobs.insert(job)
@@ -87,7 +89,9 @@ class FineTuning:
     async def _store_inline(self, transaction: Transaction, organization: str, request: CreateFineTunedModel) -> Dataset | None:
         if request.validate_only:
             return None
-        return await self._datasets.add_inline(transaction, organization, f"Records of {request.display_name}"[:200], request.inline_records)
+        return await self._datasets.add_inline(
+            transaction, organization, f"Records of {request.display_name}"[:200], request.inline_records
+        )
 
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:
         fraction = request.eval_fraction or 0.0
@@ -246,5 +250,11 @@ def _new_model(request: CreateFineTunedModel, base_model: str) -> Model:
 def _new_job(model: Model, spec: FineTuneSpec) -> Job:
     now = datetime.now(UTC)
     return Job(
-        job_id=new_id(JOB), kind=JobKind.FINE_TUNE, model_id=model.model_id, state=JobState.QUEUED, spec=spec, create_time=now, update_time=now
+        job_id=new_id(JOB),
+        kind=JobKind.FINE_TUNE,
+        model_id=model.model_id,
+        state=JobState.QUEUED,
+        spec=spec,
+        create_time=now,
+        update_time=now,
     )

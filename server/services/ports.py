@@ -3,7 +3,7 @@
 Everything that a `Transaction` reads or writes belongs to the organization that it was opened for.
 """
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -233,7 +233,7 @@ class JobQueue(Protocol):
     async def commit_document(
         self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
     ) -> None:
-        """Replace a document's chunks and vectors (float16, [chunks, dimension]), mark it INDEXED (or FAILED with `error`), log progress."""
+        """Replace a document's chunks and vectors (float16, [chunks, dimension]); INDEXED, or FAILED with `error`; log progress."""
 
     async def complete(self, lease: Lease, result: ResultReady) -> bool:
         """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
@@ -278,8 +278,8 @@ class Files(Protocol):
 class Engine(Protocol):
     """Models that generate and embed, in a process of their own. Every call may raise Unavailable; a stream may do so midway."""
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """Stream deltas, then GenerationFinished. Closing the iterator frees the place. Raises InvalidInput for a prompt over the context."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Stream deltas, then GenerationFinished. Closing frees the place. Raises InvalidInput for a prompt over the context."""
 
     async def count_tokens(self, model: ModelReference, texts: Sequence[str]) -> Sequence[int]:
         """Count tokens by the model's own tokenizer, without special tokens."""

@@ -72,7 +72,9 @@ class RagModels:
         async with self._database.transaction(organization) as transaction:
             if issued := await find_issued(transaction, "AddDocuments", request.request_id, body):
                 ids = issued["document_ids"].split(",")
-                return [await transaction.documents.get(request.model_id, name) for name in ids], await transaction.jobs.get(issued["job_id"])
+                return [await transaction.documents.get(request.model_id, name) for name in ids], await transaction.jobs.get(
+                    issued["job_id"]
+                )
             model = await transaction.models.get(request.model_id, lock=True)
             if model.type is not ModelType.RAG:
                 raise FailedPrecondition("Only RAG models have documents.", reason="NOT_A_RAG_MODEL", metadata={"model_id": model.model_id})

@@ -42,7 +42,9 @@ class References:
 def _check_serves(model: Model) -> None:
     metadata = {"model_id": model.model_id, "state": model.state.value}
     if model.type is ModelType.RAG:
-        raise FailedPrecondition("A RAG model answers at /rag/inference (RagGenerate), not here.", reason="IS_A_RAG_MODEL", metadata=metadata)
+        raise FailedPrecondition(
+            "A RAG model answers at /rag/inference (RagGenerate), not here.", reason="IS_A_RAG_MODEL", metadata=metadata
+        )
     if model.state is not ModelState.READY or model.serving_version is None:
         advice = "Wait for its training job to end." if model.state is ModelState.CREATING else "It has no finished version."
         raise FailedPrecondition(f"The model is {model.state.value}. {advice}", reason="MODEL_NOT_READY", metadata=metadata)

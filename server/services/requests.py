@@ -162,5 +162,3 @@ class Created:
 
     model: Model
     job: Job | None
-
-

