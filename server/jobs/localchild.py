@@ -1,0 +1,166 @@
+"""Runs an order as a child process of this machine: started by exec in a session of its own, killed as a group, its log bounded."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from server.domain.events import ChildEvent
+from server.domain.orders import FineTuneOrder, Order
+from server.jobs.execution import RunningWork
+from server.services.codec import CHILD_EVENT, ORDER
+
+_logger = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 18
+# A document's chunks and vectors come on one line: 4 MiB of text in small chunks with 4096 dimensions stays below.
+_MAX_EVENT_BYTES = 512 << 20
+_MAX_LOG_BYTES = 4 << 20  # then the file starts anew and one older one is kept
+_TAIL_LINES = 20
+_MAX_TAIL_LINE_CHARACTERS = 500
+
+
+class LocalExecution:
+    """Starts `program` (such as `python -m server`) with `train` or `index` and `--events-fd N` added."""
+
+    def __init__(self, program: Sequence[str]) -> None:
+        self._program = tuple(program)
+
+    async def start(self, order: Order, log_path: Path) -> RunningWork:
+        """Start the child and hand it the order."""
+        role = "train" if isinstance(order, FineTuneOrder) else "index"
+        read_fd, write_fd = os.pipe()
+        reader = asyncio.StreamReader()
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb", 0)
+        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._program, role, "--events-fd", str(write_fd),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(write_fd,), start_new_session=True,
+            )  # fmt: skip
+        except BaseException:
+            pipe.close()
+            raise
+        finally:
+            os.close(write_fd)
+        child = LocalChild(process, reader, pipe, _BoundedLog(log_path))
+        child.send(ORDER.encode(order) + b"\n")
+        return child
+
+
+class LocalChild:
+    """One running child. Its standard input stays open as long as this worker lives: the child ends when it closes."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, events: asyncio.StreamReader, pipe: asyncio.BaseTransport, log: "_BoundedLog"
+    ) -> None:
+        self._process = process
+        self._events = events
+        self._pipe = pipe
+        self._log = log
+        self._ending = asyncio.create_task(self._follow_to_end())
+
+    def send(self, line: bytes) -> None:
+        """Write to the child's standard input. A child that died at once shows by its end, not here."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(line)
+
+    async def read_events(self) -> AsyncIterator[Sequence[ChildEvent]]:
+        """Stream decoded events; a last line that a kill cut short is dropped."""
+        rest = bytearray()
+        while data := await self._events.read(_READ_BYTES):
+            rest += data
+            if b"\n" in data:
+                *lines, tail = bytes(rest).split(b"\n")
+                rest = bytearray(tail)
+                yield [CHILD_EVENT.decode(line) for line in lines]
+            elif len(rest) > _MAX_EVENT_BYTES:
+                raise ValueError("the child sent an event without an end")
+
+    async def wait(self) -> str:
+        """Wait for the end of the child and of all that it started."""
+        await asyncio.shield(self._ending)
+        code = self._process.returncode or 0
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Send SIGTERM to the whole group, SIGKILL after the grace."""
+        if not self._ending.done():
+            self._signal_group(signal.SIGTERM)
+            await asyncio.wait({self._ending}, timeout=grace_seconds)
+        if not self._ending.done():
+            self._signal_group(signal.SIGKILL)
+        await asyncio.shield(self._ending)
+
+    def close(self) -> None:
+        """Close the event pipe."""
+        self._pipe.close()
+
+    def read_log_tail(self) -> str:
+        """Give the last lines of the log."""
+        return self._log.read_tail()
+
+    async def _follow_to_end(self) -> None:
+        assert self._process.stdout is not None
+        copying = asyncio.create_task(self._copy_log(self._process.stdout))
+        # Whatever the child left behind in its group dies with it: it would hold the pipes open, and memory.
+        await self._process.wait()
+        self._signal_group(signal.SIGKILL)
+        await copying
+
+    async def _copy_log(self, output: asyncio.StreamReader) -> None:
+        with self._log:
+            while data := await output.read(_READ_BYTES):
+                self._log.write(data)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+class _BoundedLog:
+    """A log file of limited size, and the last lines of it in memory. A log that cannot be written never stops a job."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._partial = ""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            _logger.warning("cannot write the log of a job: %s", error)
+            self._file = Path(os.devnull).open("wb", buffering=0)
+        self._written_bytes = 0
+
+    def __enter__(self) -> "_BoundedLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> None:
+        lines = (self._partial + data.decode("utf-8", "replace")).splitlines(keepends=True)
+        self._partial = lines.pop()[-_MAX_TAIL_LINE_CHARACTERS:] if lines and not lines[-1].endswith("\n") else ""
+        self._tail.extend(line.rstrip()[-_MAX_TAIL_LINE_CHARACTERS:] for line in lines)
+        try:
+            if self._written_bytes > _MAX_LOG_BYTES:
+                self._start_anew()
+            self._written_bytes += self._file.write(data)
+        except OSError as error:
+            _logger.warning("cannot write the log of a job: %s", error)
+
+    def _start_anew(self) -> None:
+        self._file.close()
+        self._path.rename(self._path.with_name(self._path.name + ".old"))
+        self._file = self._path.open("wb", buffering=0)
+        self._written_bytes = 0
+
+    def read_tail(self) -> str:
+        return "\n".join([*self._tail, self._partial]).strip()

@@ -1,0 +1,110 @@
+"""Carries what a child says into the database, in order and in batches, each write under the job's lease."""
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from server.domain.errors import Unavailable
+from server.domain.events import (
+    CheckpointSaved,
+    ChildEvent,
+    DocumentIndexed,
+    Evaluated,
+    Failed,
+    Finalizing,
+    LoggedPayload,
+    ResultReady,
+    Started,
+    StepDone,
+    Warned,
+)
+from server.domain.jobs import Checkpoint, JobState
+from server.jobs.files import JobFiles
+from server.services.ports import JobQueue, Lease
+
+T = TypeVar("T")
+
+# The latest one to go on from, and one before it in case that the disk loses the latest.
+_KEEP_CHECKPOINTS = 2
+_RETRY_SECONDS = 1.0
+
+
+async def persist(call: Callable[[], Awaitable[T]]) -> T:
+    """Write to the database, again and again while it is away. Whoever holds the lease sets an end to this when it runs out."""
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+class Relay:
+    """The way of one child's events into the log of its job."""
+
+    def __init__(self, queue: JobQueue, lease: Lease, files: JobFiles, document_count: int = 0) -> None:
+        self._queue = queue
+        self._lease = lease
+        self._files = files
+        self._document_count = document_count
+        self._pending: list[LoggedPayload] = []
+        self._last_evaluation: Evaluated | None = None
+
+    async def run(self, events: AsyncIterator[Sequence[ChildEvent]]) -> ResultReady | Failed | None:
+        """Relay until the child says how it ended; None when it ended without a word. Raises LeaseLost."""
+        async for batch in events:
+            for event in batch:
+                if isinstance(event, ResultReady | Failed):
+                    await self._flush()
+                    return event
+                await self._take(event)
+            # What came together is written together: while one write runs, the next batch gathers in the pipe.
+            await self._flush()
+        return None
+
+    async def _take(self, event: ChildEvent) -> None:
+        match event:
+            case Started():
+                await self._change_state(JobState.RUNNING, "The model and the data are ready.")
+                self._pending.append(event)
+            case Evaluated():
+                self._last_evaluation = event
+                self._pending.append(event)
+            case StepDone() | Warned():
+                self._pending.append(event)
+            case CheckpointSaved():
+                await self._record_checkpoint(event)
+            case DocumentIndexed():
+                await self._commit_document(event)
+            case Finalizing():
+                await self._change_state(JobState.FINALIZING, "The result is being written and tried.")
+            case _:
+                raise ValueError(f"unexpected {type(event).__name__}")
+
+    async def _flush(self) -> None:
+        if self._pending:
+            payloads, self._pending = self._pending, []
+            await persist(lambda: self._queue.append(self._lease, payloads))
+
+    async def _change_state(self, state: JobState, reason: str) -> None:
+        await self._flush()
+        await persist(lambda: self._queue.change_state(self._lease, state, reason))
+
+    async def _record_checkpoint(self, event: CheckpointSaved) -> None:
+        await self._flush()
+        evaluated = self._last_evaluation
+        eval_loss = evaluated.loss if evaluated and evaluated.step == event.step else None
+        checkpoint = Checkpoint(event.step, event.path, event.size_bytes, datetime.now(UTC), eval_loss)
+        dropped = await persist(lambda: self._queue.record_checkpoint(self._lease, checkpoint, _KEEP_CHECKPOINTS))
+        for old in dropped:
+            await asyncio.to_thread(self._files.delete, old.path)
+
+    async def _commit_document(self, event: DocumentIndexed) -> None:
+        await self._flush()
+        vectors = base64.b64decode(event.vectors, validate=True)
+        await persist(
+            lambda: self._queue.commit_document(
+                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count
+            )
+        )
