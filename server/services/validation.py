@@ -47,13 +47,13 @@ class Violations:
         if self.found:
             raise InvalidInput.of(self.found)
 
-    def number(self, field: str, value: Number | None, low: float, high: float, *, above: bool = False, hint: str = "") -> None:
+    def number(self, field: str, value: Number | None, low: float, high: float, *, above: bool = False) -> None:
         """Demand low <= value <= high (low < value where `above`). None was left out and is fine; NaN and infinity never are."""
         if value is None:
             return
         if not math.isfinite(value) or value > high or value < low or (above and value == low):
             start = f"above {low:g}" if above else f"from {_plain(low)}"
-            self.add(field, f"must be {start} to {_plain(high)}, not {_plain(value)}{hint}")
+            self.add(field, f"must be {start} to {_plain(high)}, not {_plain(value)}")
 
     def text(self, field: str, value: str, most: int, *, least: int = 0) -> None:
         """Demand a text of least..most characters that PostgreSQL can keep."""
@@ -89,7 +89,7 @@ def check_generation(found: Violations, parameters: GenerationParameters, prefix
     number(f"{prefix}max_tokens", parameters.max_tokens, 1, MAX_GENERATED_TOKENS)
     number(f"{prefix}temperature", parameters.temperature, 0, 2)
     number(f"{prefix}top_p", parameters.top_p, 0, 1, above=True)
-    number(f"{prefix}top_k", parameters.top_k, 1, MAX_TOP_K, hint="; leave it out to sample from all tokens")
+    number(f"{prefix}top_k", parameters.top_k, 0, MAX_TOP_K)
     number(f"{prefix}min_p", parameters.min_p, 0, 1)
     number(f"{prefix}repetition_penalty", parameters.repetition_penalty, 0, 10, above=True)
     number(f"{prefix}presence_penalty", parameters.presence_penalty, -2, 2)

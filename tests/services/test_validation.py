@@ -1,0 +1,93 @@
+"""Checks of plain values: every bad field at once, none too many."""
+
+import math
+
+import pytest
+
+from server.domain.errors import InvalidInput
+from server.domain.generation import ChatMessage, GenerationParameters, Role
+from server.domain.retrieval import RetrievalOverrides, SearchMode
+from server.domain.specs import ParametersRequest
+from server.services.fine_tuning import FineTuneDefaults, check_parameters, resolve_parameters
+from server.services.validation import Violations, check_generation, check_messages, check_retrieval
+
+
+def fields_of(found: Violations) -> list[str]:
+    return [violation.field for violation in found.found]
+
+
+def test_every_absurd_training_number_is_named_at_once() -> None:
+    found = Violations()
+    check_parameters(
+        found, ParametersRequest(epochs=1e9, batch_size=0, learning_rate=math.nan, seed=-1, warmup_ratio=math.inf, weight_decay=-1.0)
+    )
+    names = ["epochs", "batch_size", "learning_rate", "warmup_ratio", "weight_decay", "seed"]
+    assert fields_of(found) == [f"parameters.{name}" for name in names]
+    with pytest.raises(InvalidInput) as refusal:
+        found.raise_if_any()
+    assert len(refusal.value.data.violations) == len(names)
+
+
+def test_two_ways_to_say_the_same_are_refused() -> None:
+    found = Violations()
+    check_parameters(found, ParametersRequest(epochs=1, max_steps=5, warmup_steps=1, warmup_ratio=0.1))
+    assert fields_of(found) == ["parameters.warmup_ratio", "parameters.max_steps"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        (GenerationParameters(temperature=-1), "temperature"), (GenerationParameters(temperature=math.nan), "temperature"),
+        (GenerationParameters(max_tokens=10**9), "max_tokens"), (GenerationParameters(max_tokens=0), "max_tokens"),
+        (GenerationParameters(top_p=0), "top_p"), (GenerationParameters(top_p=1.1), "top_p"), (GenerationParameters(top_k=-1), "top_k"),
+        (GenerationParameters(min_p=2), "min_p"), (GenerationParameters(stop=("",)), "stop[0]"), (GenerationParameters(stop=("x",) * 17), "stop"),
+        (GenerationParameters(logprobs=100), "logprobs"), (GenerationParameters(seed=-1), "seed"),
+    ],
+)  # fmt: skip
+def test_absurd_sampling_is_refused(parameters: GenerationParameters, field: str) -> None:
+    found = Violations()
+    check_generation(found, parameters)
+    assert fields_of(found) == [f"parameters.{field}"]
+
+
+def test_sane_values_are_let_through() -> None:
+    found = Violations()
+    check_generation(found, GenerationParameters(max_tokens=1, temperature=0, top_p=1, top_k=5, stop=("\n",), seed=0))
+    check_parameters(found, ParametersRequest(epochs=0.5, learning_rate=1e-5, warmup_ratio=0))
+    check_retrieval(found, RetrievalOverrides(top_k=1, similarity_threshold=-1))
+    check_messages(
+        found, [ChatMessage(Role.SYSTEM, "s"), ChatMessage(Role.USER, "u"), ChatMessage(Role.ASSISTANT, "a"), ChatMessage(Role.USER, "u")]
+    )
+    found.raise_if_any()
+
+
+@pytest.mark.parametrize(
+    "roles", [[Role.ASSISTANT], [Role.SYSTEM], [Role.USER, Role.USER], [Role.USER, Role.SYSTEM, Role.USER], [Role.USER, Role.ASSISTANT]]
+)
+def test_turns_out_of_order_are_refused(roles: list[Role]) -> None:
+    found = Violations()
+    check_messages(found, [ChatMessage(role, "x") for role in roles])
+    assert found.found
+
+
+def test_search_settings_out_of_range_are_refused() -> None:
+    found = Violations()
+    check_retrieval(found, RetrievalOverrides(top_k=0, similarity_threshold=2, search_mode=SearchMode.LEXICAL, max_context_tokens=0))
+    assert fields_of(found) == [f"retrieval.{name}" for name in ("top_k", "similarity_threshold", "max_context_tokens", "search_mode")]
+
+
+def test_texts_that_the_database_cannot_keep_are_refused() -> None:
+    found = Violations()
+    found.text("a", "x\0", 10)
+    found.text("b", "\ud800", 10)
+    found.text("c", "x" * 11, 10)
+    found.text("d", "  ", 10, least=1)
+    assert fields_of(found) == ["a", "b", "c", "d"]
+
+
+def test_what_was_left_out_takes_the_deployments_defaults() -> None:
+    resolved = resolve_parameters(ParametersRequest(), FineTuneDefaults(batch_size=8, learning_rate=3e-4), records=100)
+    assert (resolved.batch_size, resolved.learning_rate) == (8, 3e-4)
+    assert resolved.warmup_steps == 2  # 5 % of 38 steps
+    asked = resolve_parameters(ParametersRequest(batch_size=4, learning_rate=1e-4, seed=0), FineTuneDefaults(8, 3e-4), records=100)
+    assert (asked.batch_size, asked.learning_rate) == (4, 1e-4)

@@ -1,0 +1,72 @@
+"""Settings: the promised variables do what they say, and a senseless value stops the start and names its variable."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.settings import Settings, SettingsError
+
+
+def read(**variables: str) -> Settings:
+    return Settings.from_environment(variables)
+
+
+def test_without_any_variable_the_promised_defaults_hold() -> None:
+    settings = read()
+    assert (settings.http_port, settings.grpc_port, settings.database_url) == (8003, 50051, None)
+    assert settings.storage_path == Path.cwd() / ".data" / "storage"
+    assert settings.cache_path == Path.cwd() / ".data" / "cache"
+
+
+def test_the_promised_variables_are_read() -> None:
+    settings = read(
+        MODEL_STORAGE_PATH="/tmp/s", MODEL_CACHE_PATH="/tmp/c", MAX_TRAINING_JOBS="3", DEFAULT_BATCH_SIZE="7", DEFAULT_LEARNING_RATE="3e-4"
+    )
+    assert (settings.storage_path, settings.cache_path) == (Path("/tmp/s"), Path("/tmp/c"))
+    assert (settings.max_training_jobs, settings.default_batch_size, settings.default_learning_rate) == (3, 7, 3e-4)
+
+
+def test_an_empty_value_means_unset_as_in_a_compose_file() -> None:
+    assert read(MAX_TRAINING_JOBS="", DATABASE_URL="").max_training_jobs == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MAX_TRAINING_JOBS", "0"), ("MAX_TRAINING_JOBS", "-1"), ("MAX_TRAINING_JOBS", "two"), ("MAX_TRAINING_JOBS", "1.5"),
+        ("DEFAULT_BATCH_SIZE", "0"), ("DEFAULT_BATCH_SIZE", "1000000"),
+        ("DEFAULT_LEARNING_RATE", "nan"), ("DEFAULT_LEARNING_RATE", "inf"), ("DEFAULT_LEARNING_RATE", "0"), ("DEFAULT_LEARNING_RATE", "-1e-3"),
+        ("MODEL_STORAGE_PATH", "/etc/passwd"), ("MODEL_CACHE_PATH", "/etc/passwd/below"),
+        ("DATABASE_URL", "mysql://x"), ("HTTP_PORT", "70000"), ("GRPC_PORT", "0"), ("LOG_LEVEL", "LOUD"), ("LEASE_SECONDS", "2"),
+    ],
+)  # fmt: skip
+def test_a_senseless_value_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        read(**{name: value})
+
+
+def test_all_senseless_values_are_named_at_once() -> None:
+    with pytest.raises(SettingsError) as refusal:
+        read(MAX_TRAINING_JOBS="-1", DEFAULT_LEARNING_RATE="x", HTTP_PORT="y")
+    assert all(name in str(refusal.value) for name in ("MAX_TRAINING_JOBS", "DEFAULT_LEARNING_RATE", "HTTP_PORT"))
+
+
+def test_one_port_for_two_servers_is_refused() -> None:
+    with pytest.raises(SettingsError, match="HTTP_PORT and GRPC_PORT must differ"):
+        read(HTTP_PORT="9000", GRPC_PORT="9000")
+
+
+def test_a_deep_data_directory_still_has_sockets_that_fit(tmp_path: Path) -> None:
+    settings = read(DATA_DIRECTORY=str(tmp_path / ("deep" * 30)))
+    assert len(bytes(settings.engine_socket)) <= 107
+
+
+def test_the_command_line_stops_with_the_name_of_the_variable() -> None:
+    environment = {**os.environ, "MAX_TRAINING_JOBS": "none"}
+    done = subprocess.run([sys.executable, "-m", "server", "up"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "MAX_TRAINING_JOBS" in done.stderr
+    assert "Traceback" not in done.stderr
