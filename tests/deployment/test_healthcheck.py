@@ -21,7 +21,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 class Gateway(BaseHTTPRequestHandler):
     """Answers as the gateway does: /healthz with what the server was told, anything else with 404."""
 
-    def do_GET(self) -> None:  # noqa: N802  # http.server finds its handlers by this name
+    def do_GET(self) -> None:  # http.server finds its handlers by this name
         self.send_response(GATEWAY_STATUS[0] if self.path == "/healthz" else 404)
         self.end_headers()
 
