@@ -409,7 +409,7 @@ class CreateRagModelRequest(_message.Message):
     embedding_model: _builtins.str
     """Model that embeds, by hub name, alias or path. Required."""
     prompt_template: _builtins.str
-    """Template of the prompt, Jinja, with the variables `sources` and `query`, at most 20,000 characters. Empty: the built-in one."""
+    """Template of the prompt with the variables `{question}` and `{context}`, at most 20,000 characters. Empty: the built-in one."""
     request_id: _builtins.str
     """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
     result, with another body it is ALREADY_EXISTS. Empty: no such protection.
@@ -560,10 +560,13 @@ class ListDocumentsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The RAG model, `mdl_…`. Required."""
+    state: _document_pb2.Document.State.ValueType
+    """Only documents in this state. Default: any."""
     page_size: _builtins.int
     """Documents per page, 1 to 1000. Default 50."""
     page_token: _builtins.str
@@ -572,12 +575,13 @@ class ListDocumentsRequest(_message.Message):
         self,
         *,
         model_id: _builtins.str = ...,
+        state: _document_pb2.Document.State.ValueType = ...,
         page_size: _builtins.int | None = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
     _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
