@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from server.domain.events import ChildEvent
 from server.domain.orders import FineTuneOrder, Order
@@ -131,36 +132,35 @@ class _BoundedLog:
         self._path = path
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._partial = ""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("wb", buffering=0)
-        except OSError as error:
-            _logger.warning("cannot write the log of a job: %s", error)
-            self._file = Path(os.devnull).open("wb", buffering=0)
+        self._file: IO[bytes] | None = None
         self._written_bytes = 0
 
     def __enter__(self) -> "_BoundedLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, data: bytes) -> None:
         lines = (self._partial + data.decode("utf-8", "replace")).splitlines(keepends=True)
         self._partial = lines.pop()[-_MAX_TAIL_LINE_CHARACTERS:] if lines and not lines[-1].endswith("\n") else ""
         self._tail.extend(line.rstrip()[-_MAX_TAIL_LINE_CHARACTERS:] for line in lines)
         try:
-            if self._written_bytes > _MAX_LOG_BYTES:
-                self._start_anew()
-            self._written_bytes += self._file.write(data)
+            self._written_bytes += self._provide_file().write(data)
         except OSError as error:
             _logger.warning("cannot write the log of a job: %s", error)
 
-    def _start_anew(self) -> None:
-        self._file.close()
-        self._path.rename(self._path.with_name(self._path.name + ".old"))
-        self._file = self._path.open("wb", buffering=0)
-        self._written_bytes = 0
+    def _provide_file(self) -> IO[bytes]:
+        if self._file is not None and self._written_bytes > _MAX_LOG_BYTES:
+            self._file.close()
+            self._path.replace(self._path.with_name(self._path.name + ".old"))
+            self._file = None
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb", buffering=0)
+            self._written_bytes = 0
+        return self._file
 
     def read_tail(self) -> str:
         return "\n".join([*self._tail, self._partial]).strip()

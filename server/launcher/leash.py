@@ -1,7 +1,7 @@
-"""Becomes another program that cannot outlive its starter: `python -m server.launcher.leash PARENT SIGNAL USER -- COMMAND...`.
+"""Becomes another program that cannot outlive its starter: `leash PARENT SIGNAL USER [NAME=VALUE...] -- COMMAND...`.
 
 The kernel sends SIGNAL to the program when the process PARENT ends in any way, kill -9 included. With a USER (`-` for none) the
-program runs as that account. Standard library only: this runs before each part of the stack.
+program runs as that account. Each NAME=VALUE joins its environment. Standard library only: this runs before each part of the stack.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import os
 import pwd
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _LIBC = "libc.so.6"
 # <linux/prctl.h>
@@ -21,6 +21,7 @@ _PR_CAP_AMBIENT_RAISE = 2
 _CAPABILITY_VERSION_3 = 0x20080522
 _CAP_DAC_OVERRIDE = 1
 _NO_USER = "-"
+_END = "--"
 
 
 class _CapabilityHeader(ctypes.Structure):
@@ -31,9 +32,12 @@ class _CapabilitySet(ctypes.Structure):
     _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
 
 
-def leash_command(command: Sequence[str], death_signal: signal.Signals, user: str | None = None) -> list[str]:
+def leash_command(
+    command: Sequence[str], death_signal: signal.Signals, user: str | None = None, variables: Mapping[str, str] | None = None
+) -> list[str]:
     """Wrap `command` so that it gets `death_signal` when this process ends. Must be started by the main thread."""
-    wrapper = [sys.executable, "-m", __name__, str(os.getpid()), str(int(death_signal)), user or _NO_USER, "--"]
+    assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
+    wrapper = [sys.executable, "-m", __name__, str(os.getpid()), str(int(death_signal)), user or _NO_USER, *assignments, _END]
     return [*wrapper, *command]
 
 
@@ -70,12 +74,15 @@ def _call(function: str, *arguments: object) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Put the leash on and become the command."""
-    parent, death_signal, user, _, *command = arguments
+    end = arguments.index(_END)
+    (parent, death_signal, user, *assignments), command = arguments[:end], arguments[end + 1 :]
+    for assignment in assignments:
+        os.putenv(*assignment.split("=", 1))
     if user != _NO_USER:
         become(user)
     # After the change of user, which clears it.
     die_with_parent(int(parent), int(death_signal))
-    os.execv(command[0], command)
+    os.execv(command[0], list(command))  # noqa: S606  # the very purpose: no shell, no second process
 
 
 if __name__ == "__main__":
