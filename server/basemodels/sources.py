@@ -1,7 +1,8 @@
 """Where base models come from: packaged weights, a local directory, the hub. Gives a verified local directory; knows no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
 HUB_FILES_REFUSED = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "onnx/*", "openvino/*", "*.gguf"]
 HUB_TIMEOUT_SECONDS = 10.0
+HUB_CHECK_SECONDS = 5.0  # somebody waits for the answer
 
 
 class SourceKind(StrEnum):
@@ -73,7 +75,7 @@ class BaseModelSource:
         return self._aliases.get(base_model, base_model)
 
     def check(self, base_model: str) -> None:
-        """Check without converting or downloading whether `resolve` can work; a hub id that is not cached is believed.
+        """Check without converting or downloading whether `resolve` can work; the hub is asked about a model that is not cached.
 
         Raises as `resolve` does.
         """
@@ -84,6 +86,12 @@ class BaseModelSource:
             check_directory(self._local_directory(name), name)
         elif HUB_ID.fullmatch(name) is None or ".." in name or "--" in name:
             raise NotFound.of("base model", base_model)
+        elif not self.is_present(name):
+            self._ask_hub(name)
+
+    def canonical_name(self, base_model: str) -> str:
+        """Give the hub id or path that an alias stands for; anything else stays."""
+        return self._aliases.get(base_model, base_model)
 
     def is_present(self, base_model: str) -> bool:
         """Tell whether the model can be loaded here now, without the hub."""
@@ -134,13 +142,21 @@ class BaseModelSource:
         # The hub's cache names a snapshot's directory after its commit.
         return ResolvedModel(name, directory.name, directory, SourceKind.HUB)
 
-    def _download(self, name: str) -> Path:
-        # Late imports: an HTTP client that is needed only for models from the hub.
-        import httpx
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    def _ask_hub(self, name: str) -> None:
+        """Raise where the hub does not know the model, keeps it from us, or cannot be reached."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
 
-        try:
+        with self._explain_hub_errors(name):
+            if self._offline:
+                raise OfflineModeIsEnabled(name)
+            HfApi(token=self._hub_token or False).model_info(name, timeout=HUB_CHECK_SECONDS)
+
+    def _download(self, name: str) -> Path:
+        # A late import: an HTTP client that is needed only for models from the hub.
+        from huggingface_hub import snapshot_download
+
+        with self._explain_hub_errors(name):
             return Path(
                 snapshot_download(
                     name,
@@ -152,6 +168,14 @@ class BaseModelSource:
                     etag_timeout=HUB_TIMEOUT_SECONDS,
                 )
             )
+
+    @contextmanager
+    def _explain_hub_errors(self, name: str) -> Iterator[None]:
+        import httpx
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        try:
+            yield
         except GatedRepoError:
             raise BaseModelUnavailable(
                 f"{name} is gated: accept its licence on the hub and set HF_TOKEN for this server.", reason="BASE_MODEL_GATED"

@@ -55,7 +55,9 @@ class ServiceError(Exception):
         retry_after_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.data = ErrorData(self.code, reason or self.default_reason, message, dict(metadata or {}), tuple(violations), retry_after_seconds)
+        self.data = ErrorData(
+            self.code, reason or self.default_reason, message, dict(metadata or {}), tuple(violations), retry_after_seconds
+        )
 
     @property
     def reason(self) -> str:

@@ -1,0 +1,213 @@
+"""The composition root: builds each role from its parts. The one module that knows every concrete class; imports a role's parts only in that role."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS
+from server.settings import Settings
+
+# The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
+ENGINE_MEMORY_SHARE = 0.4
+
+
+def run(role: str, settings: Settings, *, events_fd: int | None, ready_fd: int | None) -> int:
+    """Run a role to its end; return the exit code."""
+    _configure_logging(role, settings.log_level)
+    if role == "up":
+        from server.launcher.up import run_up
+
+        return asyncio.run(run_up(settings))
+    if role in ("train", "index"):
+        return _run_child(role, settings, events_fd if events_fd is not None else sys.stdout.fileno())
+    if role == "engine":
+        return asyncio.run(_until_stopped(lambda stop: _run_engine(settings, stop, ready_fd)))
+    if settings.database_url is None:
+        print(f"DATABASE_URL must be set for the role {role}: only `up` brings a PostgreSQL of its own.", file=sys.stderr)
+        return 2
+    if role == "migrate":
+        from server.db.migrate import migrate
+
+        migrate(settings.database_url)
+        return 0
+    serve = _run_api if role == "api" else _run_worker
+    return asyncio.run(_until_stopped(lambda stop: serve(settings, stop, ready_fd)))
+
+
+async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
+    """Run `work` with an event that SIGTERM or Ctrl-C sets."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await work(stop)
+    return 0
+
+
+async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
+    from server.api.server import ApiServer
+    from server.childprocess import announce_ready
+    from server.db.database import PostgresDatabase
+    from server.db.feed import PostgresJobFeed
+    from server.inference.client import EngineClient
+    from server.services.datasets import Datasets
+    from server.services.fine_tuning import FineTuneDefaults, FineTuning
+    from server.services.inference_service import InferenceService
+    from server.services.model_service import ModelService
+    from server.services.rag_answers import RagAnswers
+    from server.services.rag_models import RagModels
+    from server.services.references import References
+    from server.services.training_service import TrainingService
+    from server.storage.files import LocalFiles
+
+    assert settings.database_url is not None
+    database = PostgresDatabase(settings.database_url, application_name="model-training-api")
+    feed = PostgresJobFeed(database)
+    engine = EngineClient(settings.engine_socket)
+    files = LocalFiles(settings.storage_path)
+    base_models = _make_source(settings)
+    datasets = Datasets(database, files, settings.max_dataset_bytes)
+    defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
+    fine_tuning = FineTuning(database, datasets, base_models, defaults)
+    references = References(database, base_models)
+    server = ApiServer(
+        models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
+        training=TrainingService(database, feed, datasets),
+        inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
+        address=f"{settings.bind_address}:{settings.grpc_port}",
+    )
+    try:
+        await server.serve(stop, on_ready=lambda: announce_ready(ready_fd))
+    finally:
+        await engine.close()
+        await feed.close()
+        await database.close()
+
+
+async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
+    from server.childprocess import announce_ready
+    from server.db.database import PostgresDatabase
+    from server.db.queue import PostgresJobQueue
+    from server.jobs.files import JobFiles
+    from server.jobs.localchild import LocalExecution
+    from server.jobs.runner import JobRunner, LeaseTerms
+    from server.jobs.worker import Worker
+    from server.services.ports import ClaimLimits
+
+    assert settings.database_url is not None
+    database = PostgresDatabase(settings.database_url, application_name="model-training-worker")
+    queue = PostgresJobQueue(database)
+    files = JobFiles(settings.storage_path)
+    terms = LeaseTerms(settings.lease_seconds, settings.heartbeat_seconds, settings.max_job_attempts)
+    runner = JobRunner(queue, LocalExecution([sys.executable, "-m", "server"]), files, terms)
+    worker = Worker(queue, runner, files, ClaimLimits(settings.max_training_jobs, settings.max_index_jobs), terms)
+    announce_ready(ready_fd)
+    try:
+        await worker.run(stop)
+    finally:
+        await database.close()
+
+
+async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
+    import psutil
+    import torch
+
+    from server.childprocess import announce_ready
+    from server.inference.batching import BatchLimits
+    from server.inference.engine import EmbeddedEngine
+    from server.inference.library import LoadingOptions
+    from server.inference.server import serve
+    from server.rag.embedding import Embedder
+    from server.storage.artefacts import ArtefactStore
+
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    source = _make_source(settings)
+    store = ArtefactStore(settings.storage_path)
+    engine = EmbeddedEngine(
+        base_models=source,
+        resolve_adapter=lambda model: store.open(model.adapter_path or "", model.manifest_sha256).directory,
+        embedder=Embedder(lambda name: source.resolve(name).directory),
+        options=LoadingOptions(
+            BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)
+        ),
+        max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
+    )
+    await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
+
+
+def _run_child(role: str, settings: Settings, events_fd: int) -> int:
+    import torch
+
+    from server.childprocess import run_child
+    from server.domain.orders import FineTuneOrder, IndexOrder, Order
+    from server.storage.artefacts import ArtefactStore
+
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
+    source = _make_source(settings)
+
+    def work(order: Order, emit: Any, should_stop: Callable[[], bool]) -> None:
+        if isinstance(order, FineTuneOrder) and role == "train":
+            from server.training.run import run_fine_tune
+
+            run_fine_tune(order, ArtefactStore(settings.storage_path), source, emit, should_stop)
+        elif isinstance(order, IndexOrder) and role == "index":
+            from server.rag.embedding import Embedder
+            from server.rag.index_child import run_index
+
+            run_index(order, settings.storage_path, Embedder(lambda name: source.resolve(name).directory), emit, should_stop)
+        else:
+            raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
+
+    return run_child(work, events_fd)
+
+
+def _make_source(settings: Settings) -> Any:
+    from server.basemodels.sources import BaseModelSource
+
+    return BaseModelSource(
+        settings.cache_path,
+        allowed_local_roots=settings.local_models_paths,
+        aliases={alias: name for alias, name in _list_aliases()},
+        hub_token=settings.hub_token,
+    )
+
+
+def _list_aliases() -> list[tuple[str, str]]:
+    bases = [(alias, model.base_model_id) for model in BASE_MODELS for alias in model.aliases]
+    return bases + [(alias, model.embedding_model_id) for model in EMBEDDING_MODELS for alias in model.aliases]
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object per line: what a log collector wants."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__()
+        self._role = role
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write time, level, role, logger and message, and the traceback where there is one."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "role": self._role,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _configure_logging(role: str, level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines(role))
+    logging.basicConfig(level=level, handlers=[handler])
+    for noisy in ("httpx", "sentence_transformers", "alembic.runtime.migration"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
