@@ -1,0 +1,90 @@
+"""The connection pool, and units of work on it."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from psycopg.conninfo import make_conninfo
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from server.db.address import parse_database_url
+from server.db.datasets import PostgresDatasets
+from server.db.documents import PostgresDocuments
+from server.db.failures import translate_failure
+from server.db.jobs import PostgresJobs
+from server.db.models import PostgresModels
+from server.db.requests import PostgresRequests
+from server.services.ports import Datasets, Documents, Jobs, Models, Requests
+
+DEFAULT_POOL_SIZE = 10
+POOL_TIMEOUT_SECONDS = 10.0
+CONNECT_TIMEOUT_SECONDS = 10
+# What no healthy statement or transaction of ours comes near: a stuck one must not hold locks for ever.
+STATEMENT_TIMEOUT_SECONDS = 60
+LOCK_TIMEOUT_SECONDS = 20
+IDLE_TRANSACTION_TIMEOUT_SECONDS = 300
+_OPTIONS = (
+    f"-c timezone=UTC -c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s -c lock_timeout={LOCK_TIMEOUT_SECONDS}s"
+    f" -c idle_in_transaction_session_timeout={IDLE_TRANSACTION_TIMEOUT_SECONDS}s"
+)
+
+
+class PostgresTransaction:
+    """The repositories of one organization on one open transaction."""
+
+    def __init__(self, connection: AsyncConnection, organization: str) -> None:
+        self.models: Models = PostgresModels(connection, organization)
+        self.jobs: Jobs = PostgresJobs(connection, organization)
+        self.datasets: Datasets = PostgresDatasets(connection, organization)
+        self.documents: Documents = PostgresDocuments(connection, organization)
+        self.requests: Requests = PostgresRequests(connection, organization)
+
+
+class PostgresDatabase:
+    """A pool of connections to one database. Connects at first use; `close` it at the end."""
+
+    def __init__(self, database_url: str, *, pool_size: int = DEFAULT_POOL_SIZE, application_name: str = "model-training") -> None:
+        """Take `database_url` in any form that `parse_database_url` reads. Raises ValueError."""
+        self._url = parse_database_url(database_url)
+        self._engine = create_async_engine(
+            self._url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=POOL_TIMEOUT_SECONDS,
+            # One round trip more, and no failed requests after the database was restarted.
+            pool_pre_ping=True,
+            json_serializer=_write_json,
+            connect_args={"options": _OPTIONS, "application_name": application_name, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
+        )
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction over all organizations, for the queue. What PostgreSQL says arrives as ServiceError."""
+        try:
+            async with self._engine.begin() as connection:
+                yield connection
+        except Exception as error:
+            if meaning := translate_failure(error):
+                raise meaning from error
+            raise
+
+    @asynccontextmanager
+    async def transaction(self, organization: str) -> AsyncIterator[PostgresTransaction]:
+        """Open a unit of work of one organization: committed when its block ends well, else rolled back."""
+        async with self.begin() as connection:
+            yield PostgresTransaction(connection, organization)
+
+    @property
+    def connection_string(self) -> str:
+        """What libpq connects by, for a connection outside the pool. It holds the password: never log it."""
+        _, parameters = self._engine.dialect.create_connect_args(self._url)
+        return make_conninfo(connect_timeout=CONNECT_TIMEOUT_SECONDS, **parameters)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+
+def _write_json(value: object) -> str:
+    # JSON has no NaN; PostgreSQL would refuse the whole statement less clearly.
+    return json.dumps(value, allow_nan=False)

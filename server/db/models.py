@@ -1,0 +1,199 @@
+"""Rows of models and their versions."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, Select, delete, exists, func, insert, or_, select, true, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.db.failures import violated_constraint
+from server.db.tables import IS_ACTIVE, documents, jobs, model_versions, models
+from server.domain.errors import ErrorData, FailedPrecondition, NotFound
+from server.domain.ids import MODEL, is_id
+from server.domain.models import Model, ModelState, ModelType, ModelVersion, RagConfiguration
+from server.services.codec import Codec
+from server.services.ports import ModelFilter, Page
+
+MAX_INTEGER = 2**31 - 1
+
+ERROR = Codec[ErrorData | None](ErrorData | None)
+_RAG = Codec[RagConfiguration | None](RagConfiguration | None)
+
+
+class PostgresModels:
+    """The Models of one organization, on an open transaction."""
+
+    def __init__(self, connection: AsyncConnection, organization: str) -> None:
+        self._connection = connection
+        self._organization = organization
+
+    async def insert(self, model: Model) -> None:
+        """Add a model. Raises NotFound where the generator is a model of ours that is not there (any more)."""
+        row = insert(models).values(
+            organization=self._organization,
+            model_id=model.model_id,
+            type=model.type,
+            base_model=model.base_model,
+            technique=model.technique,
+            create_time=model.create_time,
+            update_time=model.update_time,
+            **_changeable(model),
+        )
+        await self._write(row, model)
+
+    async def get(self, model_id: str, *, lock: bool = False) -> Model:
+        """Read a model with its counts; `lock` holds the row until the transaction ends. Raises NotFound."""
+        if not is_id(model_id, MODEL):
+            raise NotFound.of("model", model_id)
+        if lock:
+            await self._connection.execute(select(models.c.model_id).where(*self._own(model_id)).with_for_update())
+        row = (await self._connection.execute(_with_counts(select(models).where(*self._own(model_id))))).one_or_none()
+        if row is None:
+            raise NotFound.of("model", model_id)
+        return model_from_row(row)
+
+    async def list(self, where: ModelFilter, page: Page) -> Sequence[Model]:
+        """List models, newest first."""
+        conditions = [models.c.organization == self._organization]
+        conditions += [models.c.type == where.type] if where.type else []
+        conditions += [models.c.state == where.state] if where.state else []
+        conditions += [models.c.base_model == where.base_model] if where.base_model else []
+        conditions += [models.c.model_id < page.before_id] if page.before_id is not None else []
+        chosen = select(models).where(*conditions).order_by(models.c.model_id.desc()).limit(page.size)
+        return [model_from_row(row) for row in await self._connection.execute(_with_counts(chosen))]
+
+    async def save(self, model: Model) -> None:
+        """Write the fields that may change: names, labels, state, error, serving_version, rag. Sets update_time. Raises NotFound."""
+        row = update(models).where(*self._own(model.model_id)).values(update_time=func.clock_timestamp(), **_changeable(model))
+        if not await self._write(row, model):
+            raise NotFound.of("model", model.model_id)
+
+    async def delete(self, model_id: str) -> None:
+        """Remove the model with its versions, documents, chunks and finished jobs.
+
+        Raises NotFound, and FailedPrecondition where something began to use the model since the caller looked.
+        """
+        await self.get(model_id, lock=True)
+        mine = (jobs.c.organization == self._organization, jobs.c.model_id == model_id)
+        if await self._connection.scalar(select(exists().where(*mine, IS_ACTIVE))):
+            raise FailedPrecondition("A job of the model is not finished.", reason="MODEL_IN_USE", metadata={"model_id": model_id})
+        await self._connection.execute(delete(jobs).where(*mine))
+        try:
+            await self._connection.execute(delete(models).where(*self._own(model_id)))
+        except IntegrityError as error:
+            raise FailedPrecondition("Another model uses it.", reason="MODEL_IN_USE", metadata={"model_id": model_id}) from error
+
+    async def list_users(self, model_id: str) -> Sequence[str]:
+        """Give the ids of RAG models that generate with this model."""
+        if not is_id(model_id, MODEL):
+            return []
+        query = select(models.c.model_id).where(models.c.organization == self._organization, models.c.generator_model_id == model_id)
+        return list(await self._connection.scalars(query.order_by(models.c.model_id)))
+
+    async def get_version(self, model_id: str, version: int) -> ModelVersion:
+        """Read one version. Raises NotFound."""
+        if not is_id(model_id, MODEL):
+            raise NotFound.of("model", model_id)
+        if not 1 <= version <= MAX_INTEGER:
+            raise NotFound.of("model version", f"{model_id} version {version}")
+        conditions = (*self._versions_of(model_id), model_versions.c.version == version)
+        row = (await self._connection.execute(select(model_versions).where(*conditions))).one_or_none()
+        if row is None:
+            raise NotFound.of("model version", f"{model_id} version {version}")
+        return version_from_row(row)
+
+    async def list_versions(self, model_id: str) -> Sequence[ModelVersion]:
+        """List the versions, newest first."""
+        if not is_id(model_id, MODEL):
+            return []
+        query = select(model_versions).where(*self._versions_of(model_id)).order_by(model_versions.c.version.desc())
+        return [version_from_row(row) for row in await self._connection.execute(query)]
+
+    async def _write(self, statement: Any, model: Model) -> bool:
+        try:
+            result = await self._connection.execute(statement)
+        except IntegrityError as error:
+            if violated_constraint(error) == "models_generator":
+                raise NotFound.of("model", model.rag.generator_model_id if model.rag else "") from error
+            raise
+        return bool(result.rowcount)
+
+    def _own(self, model_id: str) -> tuple[ColumnElement[bool], ...]:
+        return models.c.organization == self._organization, models.c.model_id == model_id
+
+    def _versions_of(self, model_id: str) -> tuple[ColumnElement[bool], ...]:
+        return model_versions.c.organization == self._organization, model_versions.c.model_id == model_id
+
+
+def uses_model(organization: str, model_id: str) -> ColumnElement[bool]:
+    """Tell of a row of jobs whether its result, base or generator is this model."""
+    generating = select(models.c.model_id).where(models.c.organization == organization, models.c.generator_model_id == model_id)
+    return or_(jobs.c.model_id == model_id, jobs.c.base_model == model_id, jobs.c.model_id.in_(generating))
+
+
+def model_from_row(row: Row[Any]) -> Model:
+    """Read a row of `models` with its counts."""
+    rag = _RAG.from_json(row.rag)
+    return Model(
+        model_id=row.model_id,
+        type=ModelType(row.type),
+        display_name=row.display_name,
+        state=ModelState(row.state),
+        base_model=row.base_model,
+        create_time=row.create_time,
+        update_time=row.update_time,
+        description=row.description,
+        labels=row.labels,
+        technique=row.technique,
+        serving_version=row.serving_version,
+        version_count=row.version_count,
+        rag=replace(rag, embedding_dimension=row.embedding_dimension) if rag else None,
+        document_count=row.document_count,
+        chunk_count=row.chunk_count,
+        error=ERROR.from_json(row.error),
+    )
+
+
+def version_from_row(row: Row[Any]) -> ModelVersion:
+    """Read a row of `model_versions`."""
+    return ModelVersion(
+        model_id=row.model_id,
+        version=row.version,
+        job_id=row.job_id,
+        base_model=row.base_model,
+        base_revision=row.base_revision,
+        artifact_path=row.artifact_path,
+        manifest_sha256=row.manifest_sha256,
+        size_bytes=row.size_bytes,
+        create_time=row.create_time,
+        metrics=row.metrics,
+    )
+
+
+def _changeable(model: Model) -> dict[str, Any]:
+    generator = model.rag.generator_model_id if model.rag else ""
+    return {
+        "display_name": model.display_name,
+        "description": model.description,
+        "labels": dict(model.labels),
+        "state": model.state,
+        "serving_version": model.serving_version,
+        "rag": _RAG.to_json(model.rag),
+        "generator_model_id": generator if is_id(generator, MODEL) else None,
+        "error": ERROR.to_json(model.error),
+    }
+
+
+def _with_counts(chosen: Select[Any]) -> Select[Any]:
+    """Count what belongs to each chosen model, so that no stored count can drift. The choice comes first: only its rows are counted."""
+    rows = chosen.subquery("models")
+    of_model = (documents.c.organization == rows.c.organization, documents.c.model_id == rows.c.model_id)
+    chunk_sum = func.coalesce(func.sum(documents.c.chunk_count), 0).label("chunk_count")
+    document_counts = select(func.count().label("document_count"), chunk_sum).where(*of_model).lateral("document_counts")
+    versions = select(func.count().label("version_count")).select_from(model_versions)
+    versions = versions.where(model_versions.c.organization == rows.c.organization, model_versions.c.model_id == rows.c.model_id)
+    version_counts = versions.lateral("version_counts")
+    joined = rows.join(document_counts, true()).join(version_counts, true())
+    return select(rows, document_counts, version_counts).select_from(joined).order_by(rows.c.model_id.desc())

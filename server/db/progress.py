@@ -1,0 +1,73 @@
+"""What a job's events say about its progress, its best evaluation and its usage, and which of them the log has already."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sqlalchemy import select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.db.jobs import BEST, PROGRESS
+from server.db.locked_job import LockedJob
+from server.db.tables import job_events
+from server.domain.events import CheckpointSaved, Evaluated, IndexProgress, LoggedPayload, Started, StateChanged, StepDone
+from server.domain.jobs import Best, Progress
+
+
+async def record_payloads(connection: AsyncConnection, job: LockedJob, payloads: Sequence[LoggedPayload]) -> None:
+    """Log what is new of `payloads` and bring the row's numbers up to date; the caller writes.
+
+    A child that goes on from a checkpoint repeats steps, evaluations and checkpoints, equal bit for bit: the log keeps the first ones.
+    """
+    logged = await _find_logged(connection, job, payloads)
+    row = job.row
+    progress, best = PROGRESS.from_json(row.progress), BEST.from_json(row.best)
+    last_step, tokens, memory_bytes = row.last_step, row.tokens, row.peak_memory_bytes
+    for payload in payloads:
+        if isinstance(payload, StateChanged):
+            raise ValueError("a state is changed by moving the job, not by logging that it changed")
+        if isinstance(payload, Evaluated | CheckpointSaved):
+            if (payload.kind, payload.step) in logged:
+                continue
+            logged.add((payload.kind, payload.step))
+        if isinstance(payload, StepDone):
+            if payload.step <= last_step:
+                continue
+            last_step, tokens = payload.step, max(tokens, payload.tokens)
+            memory_bytes = max(memory_bytes, payload.memory_bytes)
+        if isinstance(payload, Evaluated) and (best is None or payload.loss < best.eval_loss):
+            best = Best(payload.step, payload.loss)
+        progress = _advance(progress, payload)
+        job.log(payload)
+    if job.is_changed:
+        job.set(progress=PROGRESS.to_json(progress), best=BEST.to_json(best))
+        job.set(last_step=last_step, tokens=tokens, peak_memory_bytes=memory_bytes)
+
+
+async def _find_logged(connection: AsyncConnection, job: LockedJob, payloads: Sequence[LoggedPayload]) -> set[tuple[str, int]]:
+    asked = [(payload.kind, payload.step) for payload in payloads if isinstance(payload, Evaluated | CheckpointSaved)]
+    if not asked:
+        return set()
+    key = (job_events.c.kind, job_events.c.step)
+    of_job = (job_events.c.organization == job.row.organization, job_events.c.job_id == job.row.job_id)
+    found = await connection.execute(select(*key).where(*of_job, job_events.c.step.is_not(None), tuple_(*key).in_(asked)))
+    return {(kind, step) for kind, step in found}
+
+
+def _advance(progress: Progress, payload: LoggedPayload) -> Progress:
+    match payload:
+        case Started():
+            return replace(progress, total_steps=max(payload.total_steps, progress.step))
+        case StepDone():
+            return Progress(
+                step=payload.step,
+                total_steps=payload.total_steps,
+                epoch=payload.epoch,
+                tokens=payload.tokens,
+                tokens_per_second=payload.tokens_per_second,
+                eta_seconds=payload.eta_seconds,
+                loss=payload.loss,
+            )
+        case IndexProgress():
+            return replace(progress, step=payload.documents_done, total_steps=payload.documents_total)
+        case _:
+            return progress

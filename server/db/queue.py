@@ -1,0 +1,269 @@
+"""The job machine as a worker uses it, over all organizations. Time is the database's; a job's epoch fences every write."""
+
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Text, cast, delete, exists, func, select, union_all, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.db import settlement
+from server.db.database import PostgresDatabase
+from server.db.documents import replace_chunks
+from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
+from server.db.locked_job import LockedJob, lease_lost
+from server.db.progress import record_payloads
+from server.db.tables import IS_HELD, IS_PENDING, IS_QUEUED, checkpoints, datasets, documents, jobs, model_versions, models
+from server.domain.documents import DocumentState
+from server.domain.errors import ErrorData, FailedPrecondition
+from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
+from server.domain.jobs import Checkpoint, FailureReason, JobKind, JobState, may_follow
+from server.domain.orders import DocumentText
+from server.domain.retrieval import Chunk
+from server.services.ports import Claim, ClaimLimits, Lease
+
+CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that each counts what the others hold
+MAX_REAPED = 100  # jobs in one transaction
+DOCUMENTS_PER_READ = 16
+_INDEX_KINDS = frozenset({JobKind.RAG_INDEX})
+_TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS
+
+
+class PostgresJobQueue:
+    """The JobQueue on PostgreSQL."""
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        self._database = database
+
+    async def claim(self, worker_id: str, limits: ClaimLimits, lease_seconds: float) -> Claim | None:
+        """Take the oldest QUEUED job that the limits allow (SKIP LOCKED), raise its epoch, move it to STARTING."""
+        async with self._database.begin() as connection:
+            if not await connection.scalar(select(exists().select_from(jobs).where(IS_QUEUED))):
+                return None
+            await connection.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+            # A statement after the lock sees what the claims before us committed.
+            held = await connection.execute(select(jobs.c.kind, func.count()).where(IS_HELD).group_by(jobs.c.kind))
+            kinds = _list_free_kinds(dict(held.all()), limits)
+            query = select(jobs).where(IS_QUEUED, jobs.c.kind.in_(kinds)).order_by(jobs.c.job_id).limit(1)
+            row = (await connection.execute(query.with_for_update(skip_locked=True))).one_or_none()
+            if row is None:
+                return None
+            job = LockedJob(connection, row)
+            job.move(JobState.STARTING)
+            now = func.clock_timestamp()
+            job.set(lease_epoch=row.lease_epoch + 1, worker_id=worker_id, lease_start_time=now, lease_end_time=_lease_end(lease_seconds))
+            job.set(start_time=func.coalesce(jobs.c.start_time, now))
+            await job.write()
+            return await _read_claim(connection, Lease(row.organization, row.job_id, row.lease_epoch + 1))
+
+    async def heartbeat(self, lease: Lease, lease_seconds: float) -> JobState:
+        """Renew the lease and bring back the state that the api may have set: CANCELLING or PAUSING mean stop. Raises LeaseLost."""
+        renewed = update(jobs).where(*_held_under(lease)).values(lease_end_time=_lease_end(lease_seconds)).returning(jobs.c.state)
+        async with self._database.begin() as connection:
+            state = await connection.scalar(renewed)
+        if state is None:
+            raise lease_lost(lease.job_id)
+        return JobState(state)
+
+    async def append(self, lease: Lease, payloads: Sequence[LoggedPayload]) -> None:
+        """Log events; steps that the log has already are left out. Updates progress, best and usage in the same transaction.
+
+        Raises LeaseLost. State changes have methods of their own.
+        """
+        async with self._database.begin() as connection:
+            job = await _lock(connection, lease)
+            await record_payloads(connection, job, payloads)
+            if job.is_changed:
+                await job.write()
+
+    async def change_state(self, lease: Lease, state: JobState, reason: str) -> None:
+        """Move the job and log it. A job that is to stop stays so where the table of transitions says so (no error: heartbeat tells).
+
+        Raises LeaseLost, and FailedPrecondition for a forbidden move of a job that nobody stops.
+        """
+        async with self._database.begin() as connection:
+            job = await _lock(connection, lease)
+            if job.state in (JobState.CANCELLING, JobState.PAUSING) and not may_follow(job.state, state):
+                return
+            job.move(state, reason)
+            await job.write()
+
+    async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
+        """Add the row and its event; drop all rows but the latest `keep`, and give the dropped ones for their files. Raises LeaseLost."""
+        key = {"organization": lease.organization, "job_id": lease.job_id, "step": checkpoint.step}
+        values = {"path": checkpoint.path, "size_bytes": checkpoint.size_bytes, "eval_loss": checkpoint.eval_loss}
+        values["create_time"] = func.clock_timestamp()
+        async with self._database.begin() as connection:
+            job = await _lock(connection, lease)
+            replaced = await connection.execute(select(checkpoints).where(*(checkpoints.c[name] == value for name, value in key.items())))
+            dropped = [checkpoint_from_row(row) for row in replaced if row.path != checkpoint.path]
+            await connection.execute(insert(checkpoints).values(key | values).on_conflict_do_update(index_elements=list(key), set_=values))
+            dropped += await _drop_checkpoints(connection, lease, max(1, keep))
+            await record_payloads(connection, job, [CheckpointSaved(checkpoint.step, checkpoint.path, checkpoint.size_bytes)])
+            if job.is_changed:
+                await job.write()
+            return dropped
+
+    async def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
+        """Stream the texts of the model's PENDING documents, oldest first. No transaction is open between two batches. Raises LeaseLost."""
+        last_id = ""
+        while True:
+            async with self._database.begin() as connection:
+                model_id = await connection.scalar(select(jobs.c.model_id).where(*_held_under(lease)))
+                if model_id is None:
+                    raise lease_lost(lease.job_id)
+                of_model = (documents.c.organization == lease.organization, documents.c.model_id == model_id)
+                query = select(documents.c.document_id, documents.c.title, documents.c.text).where(*of_model, IS_PENDING)
+                query = query.where(documents.c.document_id > last_id).order_by(documents.c.document_id).limit(DOCUMENTS_PER_READ)
+                rows = (await connection.execute(query)).all()
+            for row in rows:
+                yield DocumentText(row.document_id, row.title, row.text)
+            if len(rows) < DOCUMENTS_PER_READ:
+                return
+            last_id = rows[-1].document_id
+
+    async def commit_document(
+        self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
+    ) -> None:
+        """Replace a document's chunks and vectors (float16, [chunks, dimension]); INDEXED, or FAILED with `error`; log progress.
+
+        A document that was deleted meanwhile counts as done. Raises LeaseLost, InvalidInput, and FailedPrecondition where the
+        model's other vectors have another dimension.
+        """
+        async with self._database.begin() as connection:
+            job = await _lock(connection, lease)
+            model_id = job.row.model_id
+            stored = () if error else chunks
+            if stored:
+                await _fix_dimension(connection, lease.organization, model_id, dimension)
+            state = await _settle_document(connection, lease.organization, model_id, document_id, len(stored), error)
+            if state is not None:
+                data = vectors if stored else b""
+                await replace_chunks(connection, lease.organization, model_id, document_id, stored, data, dimension)
+            if state in (None, DocumentState.PENDING):
+                done = job.row.progress["step"] + 1
+                said = error if state else "The document was deleted while it was being indexed."
+                progress = IndexProgress(document_id, done, max(total, done), len(stored) if state else 0, said)
+                await record_payloads(connection, job, [progress])
+                await job.write()
+
+    async def complete(self, lease: Lease, result: ResultReady) -> bool:
+        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile.
+
+        Raises LeaseLost, and FailedPrecondition where the job is not FINALIZING.
+        """
+        async with self._database.begin() as connection:
+            job = await _lock(connection, lease)
+            if job.state is JobState.CANCELLING:
+                return False
+            await settlement.succeed(connection, job, result)
+            return True
+
+    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> None:
+        """In one transaction: FAILED with its reason, and the model FAILED where it is still CREATING.
+
+        A job that is CANCELLING becomes CANCELLED instead. Raises LeaseLost.
+        """
+        async with self._database.begin() as connection:
+            await settlement.fail(connection, await _lock(connection, lease), reason, error)
+
+    async def cancel(self, lease: Lease) -> None:
+        """CANCELLING to CANCELLED; the model too is FAILED (JOB_CANCELLED) while it is CREATING. Raises LeaseLost, FailedPrecondition."""
+        async with self._database.begin() as connection:
+            await settlement.cancel(connection, await _lock(connection, lease))
+
+    async def interrupt(self, lease: Lease, reason: str, max_attempts: int) -> JobState:
+        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after `max_attempts`. Gives the state reached.
+
+        A job that is CANCELLING becomes CANCELLED, a PAUSING one PAUSED. Raises LeaseLost.
+        """
+        async with self._database.begin() as connection:
+            return await settlement.interrupt(connection, await _lock(connection, lease), reason, max_attempts)
+
+    async def reap(self, max_attempts: int) -> Sequence[str]:
+        """Do the same for jobs whose lease ran out. Gives their ids."""
+        overdue = select(jobs).where(IS_HELD, jobs.c.lease_end_time < func.clock_timestamp()).order_by(jobs.c.job_id)
+        async with self._database.begin() as connection:
+            rows = (await connection.execute(overdue.limit(MAX_REAPED).with_for_update(skip_locked=True))).all()
+            for row in rows:
+                await settlement.interrupt(connection, LockedJob(connection, row), "WORKER_LOST", max_attempts)
+            return [row.job_id for row in rows]
+
+    async def list_live_directories(self) -> Collection[str]:
+        """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
+        model_path = jobs.c.organization + "/models/" + jobs.c.model_id + "/"
+        writing = select(model_path + jobs.c.job_id + "-" + cast(jobs.c.lease_epoch, Text)).where(IS_HELD)
+        working = select(jobs.c.organization + "/jobs/" + jobs.c.job_id).where(IS_HELD)
+        named = (select(model_versions.c.artifact_path), select(checkpoints.c.path), select(datasets.c.path))
+        async with self._database.begin() as connection:
+            return set(await connection.scalars(union_all(*named, writing, working)))
+
+
+def _list_free_kinds(held: Mapping[str, int], limits: ClaimLimits) -> list[JobKind]:
+    free: list[JobKind] = []
+    for kinds, most in ((_TRAINING_KINDS, limits.training_jobs), (_INDEX_KINDS, limits.index_jobs)):
+        if sum(held.get(kind, 0) for kind in kinds) < most:
+            free += kinds
+    return free
+
+
+def _lease_end(lease_seconds: float) -> ColumnElement[Any]:
+    return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, lease_seconds)
+
+
+def _held_under(lease: Lease) -> tuple[ColumnElement[bool], ...]:
+    return jobs.c.organization == lease.organization, jobs.c.job_id == lease.job_id, jobs.c.lease_epoch == lease.epoch, IS_HELD
+
+
+async def _lock(connection: AsyncConnection, lease: Lease) -> LockedJob:
+    """Lock the job for a write. Raises LeaseLost where its epoch is another or nobody holds it."""
+    row = (await connection.execute(select(jobs).where(*_held_under(lease)).with_for_update())).one_or_none()
+    if row is None:
+        raise lease_lost(lease.job_id)
+    return LockedJob(connection, row)
+
+
+async def _read_claim(connection: AsyncConnection, lease: Lease) -> Claim:
+    own = (jobs.c.organization == lease.organization, jobs.c.job_id == lease.job_id)
+    row = (await connection.execute(select_jobs().where(*own))).one()
+    of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
+    latest = (await connection.execute(select(checkpoints).where(*of_job).order_by(checkpoints.c.step.desc()).limit(1))).one_or_none()
+    named = [each for each in (row.dataset_id, row.eval_dataset_id) if each is not None]
+    query = select(datasets.c.dataset_id, datasets.c.path)
+    found = await connection.execute(query.where(datasets.c.organization == lease.organization, datasets.c.dataset_id.in_(named)))
+    paths = dict(found.all())
+    checkpoint = checkpoint_from_row(latest) if latest else None
+    return Claim(lease, job_from_row(row), checkpoint, paths.get(row.dataset_id), paths.get(row.eval_dataset_id))
+
+
+async def _drop_checkpoints(connection: AsyncConnection, lease: Lease, keep: int) -> list[Checkpoint]:
+    of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
+    older = select(checkpoints.c.step).where(*of_job).order_by(checkpoints.c.step.desc()).offset(keep)
+    gone = await connection.execute(delete(checkpoints).where(*of_job, checkpoints.c.step.in_(older)).returning(checkpoints))
+    return [checkpoint_from_row(row) for row in gone]
+
+
+async def _fix_dimension(connection: AsyncConnection, organization: str, model_id: str, dimension: int) -> None:
+    """Let the first document decide the dimension of all of a model's vectors."""
+    own = (models.c.organization == organization, models.c.model_id == model_id)
+    known = await connection.scalar(select(models.c.embedding_dimension).where(*own))
+    if known is None:
+        first = update(models).where(*own).values(embedding_dimension=func.coalesce(models.c.embedding_dimension, dimension))
+        known = await connection.scalar(first.returning(models.c.embedding_dimension))
+    if known != dimension:
+        raise FailedPrecondition(
+            f"The model's vectors have {known} numbers each, the new ones {dimension}.", reason="EMBEDDING_DIMENSION_MISMATCH"
+        )
+
+
+async def _settle_document(
+    connection: AsyncConnection, organization: str, model_id: str, document_id: str, chunk_count: int, error: str
+) -> DocumentState | None:
+    """Mark a document INDEXED or FAILED. Give the state that it had, None where it is gone."""
+    own = (documents.c.organization == organization, documents.c.model_id == model_id, documents.c.document_id == document_id)
+    state = await connection.scalar(select(documents.c.state).where(*own).with_for_update())
+    if state is None:
+        return None
+    reached = DocumentState.FAILED if error else DocumentState.INDEXED
+    await connection.execute(update(documents).where(*own).values(state=reached, chunk_count=chunk_count, error=error))
+    return DocumentState(state)

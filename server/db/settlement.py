@@ -1,0 +1,107 @@
+"""How a job ends, or goes back to the queue: what becomes of its row, its model and its version, in one transaction."""
+
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.db.locked_job import LockedJob
+from server.db.tables import model_versions, models
+from server.domain.errors import ErrorData
+from server.domain.events import ResultReady
+from server.domain.jobs import FailureReason, JobKind, JobState
+from server.domain.models import ModelState
+from server.services.codec import Codec
+
+JOB_CANCELLED = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that was to make the model was cancelled.")
+
+_ERROR = Codec[ErrorData](ErrorData)
+
+
+async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultReady) -> None:
+    """Move a FINALIZING job to SUCCEEDED, with the model version that it made. The model becomes READY and serves it."""
+    row = job.row
+    job.move(JobState.SUCCEEDED)
+    job.set(artifact_bytes=result.size_bytes, peak_memory_bytes=max(row.peak_memory_bytes, result.peak_memory_bytes))
+    await job.write()
+    if row.kind == JobKind.EXPORT:
+        return
+    own = (models.c.organization == row.organization, models.c.model_id == row.model_id)
+    ready: dict[str, Any] = {"state": ModelState.READY, "error": None, "update_time": func.clock_timestamp()}
+    if row.kind == JobKind.FINE_TUNE:
+        # The model's lock numbers the versions of jobs that end at once.
+        await connection.execute(select(models.c.model_id).where(*own).with_for_update(key_share=True))
+        ready["serving_version"] = await _insert_version(connection, row, result)
+    await connection.execute(update(models).where(*own, models.c.state != ModelState.DELETING).values(ready))
+
+
+async def _insert_version(connection: AsyncConnection, row: Any, result: ResultReady) -> int:
+    of_model = (model_versions.c.organization == row.organization, model_versions.c.model_id == row.model_id)
+    latest = await connection.scalar(select(func.max(model_versions.c.version)).where(*of_model))
+    version = {
+        "organization": row.organization,
+        "model_id": row.model_id,
+        "version": (latest or 0) + 1,
+        "job_id": row.job_id,
+        "base_model": row.base_model,
+        "base_revision": result.base_revision,
+        "artifact_path": result.artifact_path,
+        "manifest_sha256": result.manifest_sha256,
+        "size_bytes": result.size_bytes,
+        "metrics": dict(result.metrics),
+        "create_time": func.clock_timestamp(),
+    }
+    await connection.execute(insert(model_versions).values(version))
+    return (latest or 0) + 1
+
+
+async def fail(connection: AsyncConnection, job: LockedJob, reason: FailureReason, error: ErrorData) -> None:
+    """Move a job to FAILED; to CANCELLED where that was asked for before it failed."""
+    if job.state is JobState.CANCELLING:
+        await cancel(connection, job)
+        return
+    job.move(JobState.FAILED, reason.value, error)
+    await job.write()
+    await fail_model(connection, job.row.organization, job.row.model_id, error)
+
+
+async def cancel(connection: AsyncConnection, job: LockedJob) -> None:
+    """Move a CANCELLING job to CANCELLED."""
+    job.move(JobState.CANCELLED, job.row.state_reason)
+    await job.write()
+    await fail_model(connection, job.row.organization, job.row.model_id, JOB_CANCELLED)
+
+
+async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, max_attempts: int) -> JobState:
+    """Put a job whose child or worker is gone back into the queue; end it where it was to stop, or stopped too often.
+
+    Gives the state reached.
+    """
+    if job.state is JobState.CANCELLING:
+        await cancel(connection, job)
+        return job.state
+    if job.state is JobState.PAUSING:
+        job.move(JobState.PAUSED, job.row.state_reason)
+        await job.write()
+        return job.state
+    job.move(JobState.INTERRUPTED, reason)
+    attempt = job.row.attempt
+    if attempt >= max_attempts:
+        await fail(connection, job, FailureReason.CRASH_LOOP, _crash_loop(attempt, reason))
+        return job.state
+    job.move(JobState.QUEUED, f"attempt {attempt + 1}")
+    job.set(attempt=attempt + 1)
+    await job.write()
+    return job.state
+
+
+def _crash_loop(attempts: int, reason: str) -> ErrorData:
+    message = f"The job stopped unexpectedly {attempts} times, last: {reason}"
+    return ErrorData("ABORTED", FailureReason.CRASH_LOOP, message, {"attempts": str(attempts)})
+
+
+async def fail_model(connection: AsyncConnection, organization: str, model_id: str, error: ErrorData) -> None:
+    """Mark a model FAILED that its job has left CREATING; one that serves already goes on serving."""
+    own = (models.c.organization == organization, models.c.model_id == model_id, models.c.state == ModelState.CREATING)
+    values = {"state": ModelState.FAILED, "error": _ERROR.to_json(error), "update_time": func.clock_timestamp()}
+    await connection.execute(update(models).where(*own).values(values))
