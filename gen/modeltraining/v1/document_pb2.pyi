@@ -132,7 +132,7 @@ class InlineDocument(_message.Message):
     title: _builtins.str
     """Title, at most 500 characters. Default empty."""
     text: _builtins.str
-    """The text, 1 to 1,000,000 Unicode code points. Required. Offsets of chunks and citations count in it."""
+    """The text, 1 to 2,000,000 Unicode code points. Required. Offsets of chunks and citations count in it."""
     source_uri: _builtins.str
     """Where it came from, at most 2,000 characters; only echoed, never opened. Default empty."""
     @_builtins.property

@@ -31,7 +31,7 @@ class TrainingParameters(_message.Message):
     class _SchedulerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingParameters._Scheduler.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         SCHEDULER_UNSPECIFIED: TrainingParameters._Scheduler.ValueType  # 0
-        """LINEAR."""
+        """COSINE."""
         SCHEDULER_LINEAR: TrainingParameters._Scheduler.ValueType  # 1
         """Straight down to 0 at the last step."""
         SCHEDULER_COSINE: TrainingParameters._Scheduler.ValueType  # 2
@@ -43,7 +43,7 @@ class TrainingParameters(_message.Message):
         """The learning rate over the steps after the warm-up."""
 
     SCHEDULER_UNSPECIFIED: TrainingParameters.Scheduler.ValueType  # 0
-    """LINEAR."""
+    """COSINE."""
     SCHEDULER_LINEAR: TrainingParameters.Scheduler.ValueType  # 1
     """Straight down to 0 at the last step."""
     SCHEDULER_COSINE: TrainingParameters.Scheduler.ValueType  # 2
@@ -117,7 +117,7 @@ class TrainingParameters(_message.Message):
 
         EVERY_STEPS_FIELD_NUMBER: _builtins.int
         every_steps: _builtins.int
-        """Optimiser steps between evaluations, at least 1. Default: once per epoch. The last step is always evaluated."""
+        """Optimiser steps between evaluations, 1 to 1,000,000. Default: a fifth of all steps, at most 50. The last step is always evaluated."""
         def __init__(
             self,
             *,
@@ -170,7 +170,7 @@ class TrainingParameters(_message.Message):
 
         EVERY_STEPS_FIELD_NUMBER: _builtins.int
         every_steps: _builtins.int
-        """Optimiser steps between checkpoints, at least 1. Default 50."""
+        """Optimiser steps between checkpoints, 1 to 1,000,000. Default: a fifth of all steps, at most 50."""
         def __init__(
             self,
             *,
@@ -202,7 +202,7 @@ class TrainingParameters(_message.Message):
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     CHECKPOINTING_FIELD_NUMBER: _builtins.int
     epochs: _builtins.float
-    """Passes over the training records, above 0, at most 1000; fractions allowed. At most one of `epochs` and `max_steps` is set. Default 1."""
+    """Passes over the training records, above 0, at most 1000; fractions allowed. At most one of `epochs` and `max_steps` is set. Default 3."""
     max_steps: _builtins.int
     """Optimiser steps, 1 to 10,000,000. At most one of `epochs` and `max_steps` is set."""
     batch_size: _builtins.int
@@ -210,17 +210,17 @@ class TrainingParameters(_message.Message):
     learning_rate: _builtins.float
     """Highest learning rate, above 0, at most 1. Default: the server's DEFAULT_LEARNING_RATE."""
     scheduler: Global___TrainingParameters.Scheduler.ValueType
-    """The learning rate over the steps. Default LINEAR."""
+    """The learning rate over the steps. Default COSINE."""
     warmup_steps: _builtins.int
-    """Steps over which the learning rate rises from 0, 0 or more. At most one of `warmup_steps` and `warmup_ratio` is set."""
+    """Steps over which the learning rate rises from 0, 0 to 1,000,000. At most one of `warmup_steps` and `warmup_ratio` is set."""
     warmup_ratio: _builtins.float
-    """The same as a share of all steps, 0 to 1. Default 0.03."""
+    """The same as a share of all steps, 0 to 1. Default 0.05."""
     weight_decay: _builtins.float
-    """Decoupled weight decay of AdamW, 0 to 1. Default 0."""
+    """Decoupled weight decay of AdamW, 0 to 10. Default 0."""
     max_gradient_norm: _builtins.float
-    """Gradients are scaled down to at most this norm, above 0. Default 1."""
+    """Gradients are scaled down to at most this norm, above 0, at most 1,000,000. Default 1."""
     max_sequence_tokens: _builtins.int
-    """Longest sequence, tokens, 8 to the base model's context. Default 2048, or the base model's context if that is shorter."""
+    """Longest sequence, tokens, 8 to 131,072. Default 2048. Never more than the base model's context."""
     overlong_policy: Global___TrainingParameters.OverlongPolicy.ValueType
     """What happens to longer records. Default REJECT."""
     packing: _builtins.bool

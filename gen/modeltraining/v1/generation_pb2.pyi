@@ -42,7 +42,7 @@ class GenerationParameters(_message.Message):
     top_p: _builtins.float
     """Sample from the likeliest tokens that together have this probability, above 0, at most 1. Default 1 (all)."""
     top_k: _builtins.int
-    """Sample from this many likeliest tokens, 1 to 1000. Default: all."""
+    """Sample from this many likeliest tokens, 0 (all) to 1000. Default 0."""
     min_p: _builtins.float
     """Leave out tokens less likely than this share of the likeliest, 0 to 1. Default 0 (none)."""
     repetition_penalty: _builtins.float

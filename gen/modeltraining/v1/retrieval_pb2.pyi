@@ -107,7 +107,7 @@ class RetrievalConfig(_message.Message):
     lexical_weight: _builtins.float
     """Weight of the lexical ranks in HYBRID, 0 to 100. Default 1."""
     max_context_tokens: _builtins.int
-    """How much of the generator's window the chunks may fill, in its own tokens, 16 or more. Default: what the prompt and the answer leave."""
+    """How much of the generator's window the chunks may fill, in its own tokens, 1 to 131,072. Default: what the prompt and the answer leave."""
     @_builtins.property
     def rerank(self) -> Global___RetrievalConfig.Rerank:
         """Scoring again with a cross-encoder. Unset: none."""

@@ -47,14 +47,16 @@ class LoraTechnique(_message.Message):
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
-    """Rank of the update matrices, 1 to 512. Default 16."""
+    """Rank of the update matrices, 1 to 1024. Default 16."""
     alpha: _builtins.float
-    """Scale of the update: it is multiplied by alpha / rank. Above 0, at most 4096. Default 32."""
+    """Scale of the update: it is multiplied by alpha / rank. Above 0, at most 65,536. Default 32."""
     dropout: _builtins.float
-    """Share of the adapter's inputs zeroed while training, 0 to below 1. Default 0."""
+    """Share of the adapter's inputs zeroed while training, 0 to 0.9. Default 0."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the linear layers to adapt, for example "q_proj". Empty (default): all linear layers except the output head."""
+        """Names of the linear layers to adapt, for example "q_proj", at most 64. Default: the one word "all-linear",
+        all linear layers except the output head.
+        """
 
     def __init__(
         self,

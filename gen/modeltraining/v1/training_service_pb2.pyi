@@ -166,20 +166,26 @@ class GetTrainingMetricsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
     MAX_POINTS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job, `job_…`. Required."""
     max_points: _builtins.int
-    """Most points per series, 2 to 10,000. Default 500."""
+    """Most points per series, 1 to 10,000. Default 1,000."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these series, by the names of GetTrainingMetricsResponse. Default: all."""
+
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
         max_points: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_points", b"_max_points", "max_points", b"max_points"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_points", b"_max_points", "job_id", b"job_id", "max_points", b"max_points"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_points", b"_max_points", "job_id", b"job_id", "max_points", b"max_points", "names", b"names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_points: _TypeAlias = _typing.Literal["max_points"]  # noqa: Y015
     _WhichOneofArgType__max_points: _TypeAlias = _typing.Literal["_max_points", b"_max_points"]  # noqa: Y015
@@ -202,7 +208,7 @@ class GetTrainingMetricsResponse(_message.Message):
         NAME_FIELD_NUMBER: _builtins.int
         POINTS_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """Name: "loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes" or "eval_loss"."""
+        """Name: "loss", "learning_rate", "gradient_norm", "tokens_per_second" or "eval_loss"."""
         @_builtins.property
         def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetTrainingMetricsResponse.Point]:
             """Its values by rising step, thinned out evenly; the last one is always there."""
@@ -249,7 +255,7 @@ class GetTrainingMetricsResponse(_message.Message):
     """The job."""
     @_builtins.property
     def series(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetTrainingMetricsResponse.Series]:
-        """The series that have points."""
+        """The series, in the order that they were asked for; one without points is there too."""
 
     def __init__(
         self,
