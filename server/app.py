@@ -132,9 +132,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
         base_models=source,
         resolve_adapter=lambda model: store.open(model.adapter_path or "", model.manifest_sha256).directory,
         embedder=Embedder(lambda name: source.resolve(name).directory),
-        options=LoadingOptions(
-            BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)
-        ),
+        options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
     )
     await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
@@ -175,6 +173,7 @@ def _make_source(settings: Settings) -> Any:
         allowed_local_roots=settings.local_models_paths,
         aliases={alias: name for alias, name in _list_aliases()},
         hub_token=settings.hub_token,
+        hub_endpoint=settings.hub_endpoint,
     )
 
 

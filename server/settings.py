@@ -122,6 +122,7 @@ class Settings:
     )
     torch_threads: int = _variable("TORCH_THREADS", _integer(0, 1024), "0", "Threads of each computing process; 0: one per core.")
     hub_token: str | None = _variable("HF_TOKEN", str, "", "Token for gated models of the Hugging Face hub.")
+    hub_endpoint: str | None = _variable("HF_ENDPOINT", str, "", "A mirror of the Hugging Face hub; unset: the hub itself.")
     log_level: str = _variable("LOG_LEVEL", _word("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR.")
 
     @classmethod

@@ -48,12 +48,14 @@ class BaseModelSource:
         allowed_local_roots: Sequence[Path] = (),
         aliases: Mapping[str, str] | None = None,
         hub_token: str | None = None,
+        hub_endpoint: str | None = None,
         offline: bool = False,
     ) -> None:
         self._cache_path = cache_path
         self._allowed_local_roots = [root.resolve() for root in allowed_local_roots]
         self._aliases = dict(aliases or {})
         self._hub_token = hub_token
+        self._hub_endpoint = hub_endpoint
         self._offline = offline
 
     def resolve(self, base_model: str) -> ResolvedModel:
@@ -69,10 +71,6 @@ class BaseModelSource:
         if HUB_ID.fullmatch(name) is None or ".." in name or "--" in name:
             raise NotFound.of("base model", base_model)
         return self._resolve_hub(name)
-
-    def canonical_name(self, base_model: str) -> str:
-        """Give the hub id or path that an alias stands for; anything else stays."""
-        return self._aliases.get(base_model, base_model)
 
     def check(self, base_model: str) -> None:
         """Check without converting or downloading whether `resolve` can work; the hub is asked about a model that is not cached.
@@ -150,7 +148,7 @@ class BaseModelSource:
         with self._explain_hub_errors(name):
             if self._offline:
                 raise OfflineModeIsEnabled(name)
-            HfApi(token=self._hub_token or False).model_info(name, timeout=HUB_CHECK_SECONDS)
+            HfApi(self._hub_endpoint, token=self._hub_token or False).model_info(name, timeout=HUB_CHECK_SECONDS)
 
     def _download(self, name: str) -> Path:
         # A late import: an HTTP client that is needed only for models from the hub.
@@ -161,6 +159,7 @@ class BaseModelSource:
                 snapshot_download(
                     name,
                     cache_dir=self._hub_path,
+                    endpoint=self._hub_endpoint,
                     allow_patterns=HUB_FILES,
                     ignore_patterns=HUB_FILES_REFUSED,
                     token=self._hub_token or False,
@@ -171,7 +170,7 @@ class BaseModelSource:
 
     @contextmanager
     def _explain_hub_errors(self, name: str) -> Iterator[None]:
-        import httpx
+        import httpx2
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         try:
@@ -182,7 +181,7 @@ class BaseModelSource:
             ) from None
         except RepositoryNotFoundError:
             raise NotFound.of("base model", name) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError):
+        except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError):
             where = (
                 "is not in the cache and the hub is switched off"
                 if self._offline

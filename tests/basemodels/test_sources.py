@@ -3,6 +3,9 @@
 import json
 import pickle
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -79,7 +82,6 @@ def test_a_name_of_no_known_form_is_not_found(source: BaseModelSource, name: str
 
 
 def test_a_hub_model_that_is_not_cached_is_unavailable_when_the_hub_is_switched_off(source: BaseModelSource) -> None:
-    source.check("mistralai/Mistral-7B-v0.3")
     assert not source.is_present("mistralai/Mistral-7B-v0.3")
     with pytest.raises(BaseModelUnavailable, match="switched off"):
         source.resolve("mistralai/Mistral-7B-v0.3")
@@ -156,3 +158,41 @@ def test_asking_about_models_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub of our own, which answers as the real one does to models that are missing or gated."""
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/models/").split("?")[0]
+        code, header = {"nobody/none": (404, "RepoNotFound"), "somebody/gated": (403, "GatedRepo")}.get(name, (200, ""))
+        self.send_response(code)
+        self.send_header("X-Error-Code", header)
+        self.end_headers()
+        self.wfile.write(json.dumps({"id": name, "siblings": []}).encode())
+
+    def log_message(self, *arguments: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_check_asks_the_hub_about_a_model_that_is_not_cached(tmp_path: Path, hub: str) -> None:
+    source = BaseModelSource(tmp_path, hub_endpoint=hub)
+    source.check("somebody/open")
+    with pytest.raises(NotFound, match="nobody/none"):
+        source.check("nobody/none")
+    with pytest.raises(BaseModelUnavailable, match="HF_TOKEN"):
+        source.check("somebody/gated")
+
+
+def test_a_hub_out_of_reach_is_named_as_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelUnavailable, match="hub cannot be reached"):
+        BaseModelSource(tmp_path, hub_endpoint="http://127.0.0.1:9").check("nobody/none")
