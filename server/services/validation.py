@@ -80,7 +80,8 @@ class Violations:
 
 
 def _plain(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e16) else f"{value:g}"
+    is_whole = math.isfinite(value) and value == int(value) and abs(value) < 1e16
+    return f"{int(value):,}" if is_whole else f"{value:g}"
 
 
 def check_generation(found: Violations, parameters: GenerationParameters, prefix: str = "parameters.") -> None:
