@@ -3,6 +3,7 @@
 Knows nothing of requests: rows are numbers, and who owns which row is the batch's business.
 """
 
+import contextlib
 import mmap
 from dataclasses import dataclass, field
 
@@ -81,6 +82,10 @@ class RowCache(Cache):
         self._mapping: mmap.mmap | None = None
         if shape.device.type == "cpu":
             self._mapping = mmap.mmap(-1, rows * self._row_bytes)
+            if hasattr(mmap, "MADV_NOHUGEPAGE"):
+                # Huge pages would take memory for whole rows at their first tokens. A kernel without them refuses, and needs it not.
+                with contextlib.suppress(OSError):
+                    self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
             self._pool = torch.frombuffer(self._mapping, dtype=shape.dtype).view(pool_shape)
         else:
             self._pool = torch.zeros(pool_shape, dtype=shape.dtype, device=shape.device)
@@ -130,6 +135,11 @@ class RowCache(Cache):
             self._mapping.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)
         else:
             self._pool[row].zero_()
+
+    def clear_all(self) -> None:
+        """Give all memory back that the system can take; nobody may use a row any more."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _current(self) -> Step:
         if self._step is None:

@@ -1,0 +1,334 @@
+"""Continuous batching: requests join and leave between steps, long prompts come in pieces, and the cache has a bound.
+
+Synchronous and single-threaded; knows no asyncio and no wire. Decoding requests own the rows 0 … n-1, so that a step reads one
+contiguous block; prompts being read lie behind them, and one spare row makes room for exchanging two.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from server.domain.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
+from server.domain.generation import FinishReason, GenerationFinished, Timings, TokenEvent, TokenUsage
+from server.inference.cache import RowCache, Step
+from server.inference.decoder import Decoder
+from server.inference.lora import NamedAdapter
+from server.inference.sampling import Choice, SamplingState, choose_tokens
+from server.inference.transcript import Transcript
+
+# A full queue empties by whole answers; sooner than this a retry seldom finds a place.
+RETRY_SECONDS = 2.0
+# A row that held so many tokens gives its memory back when it is left; smaller ones keep it for the next request.
+KEPT_ROW_TOKENS = 512
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What a batch may hold: rows that compute together, requests that wait, tokens of cache over all rows, prompt tokens read per step."""
+
+    max_rows: int = 16
+    max_waiting: int = 256
+    cache_tokens: int = 32_768
+    # A step must stay short for those who wait for their next token; 256 tokens already fill the processor.
+    prompt_tokens_per_step: int = 256
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request on its way through a batch. `request_id` is the batch's name for it; `adapter` None is the bare base."""
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    sampling: SamplingState
+    transcript: Transcript
+    adapter: NamedAdapter | None = None
+    received_seconds: float = field(default_factory=time.monotonic)
+    started_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    row: int = -1
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    last_token: int = -1
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The pool's name for its adapter."""
+        return None if self.adapter is None else self.adapter.name
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Cache tokens that it may come to need."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens that the model has not seen yet."""
+        return len(self.prompt_ids) - self.cached_tokens
+
+    def finish(self, reason: FinishReason) -> GenerationFinished:
+        """Make the final event."""
+        end, start = time.monotonic(), self.received_seconds
+        timings = Timings(self.started_seconds - start, self.first_token_seconds - start, end - start)
+        usage = TokenUsage(len(self.prompt_ids), self.generated_tokens)
+        return GenerationFinished(reason, usage, timings, self.sampling.seed)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step brought for one request: an event, or the error that ended it."""
+
+    generation: Generation
+    event: TokenEvent | ServiceError
+
+
+class Batch:
+    """All requests to one base model, with whatever adapters. Call `step` until it has nothing to do."""
+
+    def __init__(self, decoder: Decoder, limits: BatchLimits) -> None:
+        self._decoder, self._limits, self._adapters = decoder, limits, decoder.adapters
+        self._cache = RowCache(decoder.cache_shape, limits.max_rows + 1)
+        self._device = decoder.cache_shape.device
+        self._waiting: deque[Generation] = deque()
+        self._reading: list[Generation] = []
+        self._decoding: list[Generation] = []
+        self._free_rows = set(range(limits.max_rows + 1))
+        self._reserved_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request waits or runs."""
+        return bool(self._waiting or self._reading or self._decoding)
+
+    @property
+    def running_count(self) -> int:
+        """Requests that hold a row."""
+        return len(self._reading) + len(self._decoding)
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Cache tokens that are promised to running requests."""
+        return self._reserved_tokens
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a request. Raises ResourceExhausted where the queue is full or the request alone is over the cache's bound."""
+        if generation.reserved_tokens > self._limits.cache_tokens:
+            raise ResourceExhausted(
+                f"The request needs room for {generation.reserved_tokens} tokens; this engine has {self._limits.cache_tokens} for all.",
+                reason="REQUEST_TOO_LARGE",
+            )
+        # Those for whom rows are free are only on their way to them.
+        if len(self._waiting) >= self._limits.max_waiting + self._limits.max_rows - self.running_count:
+            raise ResourceExhausted(
+                f"{len(self._waiting)} requests already wait for this model.", reason="QUEUE_FULL", retry_after_seconds=RETRY_SECONDS
+            )
+        self._waiting.append(generation)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request and free its place at once; False where it is not here (any more)."""
+        for generation in (*self._waiting, *self._reading, *self._decoding):
+            if generation.request_id == request_id:
+                self._remove(generation)
+                return True
+        return False
+
+    def fail_all(self, error: ServiceError) -> list[Output]:
+        """End every request with an error."""
+        everyone = [*self._waiting, *self._reading, *self._decoding]
+        for generation in everyone:
+            self._remove(generation)
+        return [Output(generation, error) for generation in everyone]
+
+    def step(self) -> list[Output]:
+        """Admit who has a place, read a bounded piece of prompts, and make one token for each decoding request."""
+        outputs = self._admit()
+        # Those who decode already are served first: a prompt that ends in this step has its first token from reading.
+        decoding = list(self._decoding)
+        if decoding:
+            outputs += self._decode(decoding)
+        outputs += self._read_prompts()
+        return outputs
+
+    def _admit(self) -> list[Output]:
+        """Give rows in order of arrival. Nobody overtakes: a large request would wait for ever."""
+        outputs: list[Output] = []
+        while self._waiting and self.running_count < self._limits.max_rows:
+            generation = self._waiting[0]
+            if self._reserved_tokens + generation.reserved_tokens > self._limits.cache_tokens:
+                break
+            try:
+                if generation.adapter is not None and not self._adapters.acquire(generation.adapter.name, generation.adapter.adapter):
+                    break
+            except (ServiceError, RuntimeError, MemoryError) as error:
+                outputs.append(self._fail(generation, error))
+                continue
+            self._waiting.popleft()
+            generation.row = max(self._free_rows)
+            self._free_rows.remove(generation.row)
+            self._reserved_tokens += generation.reserved_tokens
+            generation.started_seconds = time.monotonic()
+            self._reading.append(generation)
+        return outputs
+
+    def _read_prompts(self) -> list[Output]:
+        outputs: list[Output] = []
+        for generation, tokens in self._share_prompt_tokens():
+            try:
+                logits = self._read_piece(generation, tokens)
+                if logits is not None:
+                    self._start_decoding(generation)
+                    outputs += self._deliver([generation], logits)
+            except (RuntimeError, MemoryError, ValueError, IndexError) as error:
+                outputs.append(self._fail(generation, error))
+        return outputs
+
+    def _share_prompt_tokens(self) -> list[tuple[Generation, int]]:
+        """Share a step's prompt tokens: the oldest prompt gets half at least, the rest goes to the shortest, so that neither starves."""
+        budget = self._limits.prompt_tokens_per_step
+        if not self._reading:
+            return []
+        oldest, others = self._reading[0], sorted(self._reading[1:], key=lambda g: g.unread_tokens)
+        shares = {oldest.request_id: min(oldest.unread_tokens, (budget + 1) // 2 if others else budget)}
+        budget -= shares[oldest.request_id]
+        for generation in others:
+            shares[generation.request_id] = min(generation.unread_tokens, budget)
+            budget -= shares[generation.request_id]
+        shares[oldest.request_id] += min(oldest.unread_tokens - shares[oldest.request_id], budget)
+        return [(generation, shares[generation.request_id]) for generation in (oldest, *others) if shares[generation.request_id] > 0]
+
+    def _read_piece(self, generation: Generation, tokens: int) -> torch.Tensor | None:
+        """Read so many more prompt tokens; give the logits [1, vocabulary] after the last one."""
+        start, end = generation.cached_tokens, generation.cached_tokens + tokens
+        is_last = end == len(generation.prompt_ids)
+        positions = torch.arange(start, end, device=self._device).unsqueeze(0)
+        step = Step(generation.row, positions, end, self._decoder.cache_shape.dtype)
+        token_ids = torch.tensor([list(generation.prompt_ids[start:end])], device=self._device)
+        self._adapters.select([generation.adapter_name])
+        logits = self._decoder.forward(token_ids, step, self._cache, wants_logits=is_last)
+        generation.cached_tokens = end
+        return logits
+
+    def _start_decoding(self, generation: Generation) -> None:
+        """Move a read prompt to the first row behind the decoding ones; whoever reads there goes to the spare row."""
+        target = len(self._decoding)
+        if generation.row != target:
+            occupant = next((other for other in self._reading if other.row == target), None)
+            if occupant is not None:
+                self._move(occupant, next(iter(self._free_rows)))
+            self._move(generation, target)
+        self._reading.remove(generation)
+        self._decoding.append(generation)
+
+    def _move(self, generation: Generation, target: int) -> None:
+        self._cache.move_row(generation.row, target, generation.cached_tokens)
+        self._free_rows.add(generation.row)
+        self._free_rows.remove(target)
+        generation.row = target
+
+    def _decode(self, generations: list[Generation]) -> list[Output]:
+        try:
+            return self._deliver(generations, self._run(generations))
+        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
+            if len(generations) == 1:
+                return [self._fail(generations[0], error)]
+        # One of them breaks the pass (or memory does): one by one, only the culprit fails. Their order keeps rows contiguous.
+        outputs: list[Output] = []
+        for generation in generations:
+            outputs += self._decode([generation])
+        return outputs
+
+    def _run(self, generations: Sequence[Generation]) -> torch.Tensor:
+        positions = torch.tensor([[g.cached_tokens] for g in generations], device=self._device)
+        longest = max(g.cached_tokens for g in generations) + 1
+        step = Step(generations[0].row, positions, longest, self._decoder.cache_shape.dtype)
+        token_ids = torch.tensor([[g.last_token] for g in generations], device=self._device)
+        self._adapters.select([g.adapter_name for g in generations])
+        logits = self._decoder.forward(token_ids, step, self._cache, wants_logits=True)
+        assert logits is not None
+        for generation in generations:
+            generation.cached_tokens += 1
+        return logits
+
+    @torch.inference_mode()
+    def _deliver(self, generations: Sequence[Generation], logits: torch.Tensor) -> list[Output]:
+        """Choose each request's next token, turn it to events, and let the finished ones go."""
+        outputs: list[Output] = []
+        choices = choose_tokens(logits, [g.sampling for g in generations])
+        for generation, choice in zip(list(generations), choices, strict=True):
+            if choice.token_id < 0:
+                self._cache.clear_row(generation.row)
+                error = FailedPrecondition("The model computed numbers that are not finite.", reason="MODEL_NOT_FINITE")
+                self._remove(generation)
+                outputs.append(Output(generation, error))
+                continue
+            outputs += [Output(generation, event) for event in self._accept(generation, choice)]
+        return outputs
+
+    def _accept(self, generation: Generation, choice: Choice) -> list[TokenEvent]:
+        if generation.generated_tokens == 0:
+            generation.first_token_seconds = time.monotonic()
+        generation.generated_tokens += 1
+        generation.last_token = choice.token_id
+        generation.sampling.record(choice.token_id)
+        is_end = choice.token_id in generation.stop_ids
+        is_last = generation.generated_tokens >= generation.max_new_tokens
+        events: list[TokenEvent] = [*generation.transcript.add(choice, is_end=is_end, is_last=is_last)]
+        if generation.transcript.is_stopped:
+            events.append(generation.finish(FinishReason.STOP_STRING))
+        elif is_end or is_last:
+            events.append(generation.finish(FinishReason.STOP if is_end else FinishReason.LENGTH))
+        else:
+            return events
+        self._remove(generation)
+        return events
+
+    def _fail(self, generation: Generation, error: Exception) -> Output:
+        self._remove(generation)
+        return Output(generation, _translate(error))
+
+    def _remove(self, generation: Generation) -> None:
+        """Take a request out, and close the gap that it leaves among the decoding rows."""
+        if generation in self._waiting:
+            self._waiting.remove(generation)
+            return
+        row, longest = generation.row, generation.cached_tokens
+        if generation in self._reading:
+            self._reading.remove(generation)
+        else:
+            last = self._decoding[-1]
+            self._decoding[row] = last
+            self._decoding.pop()
+            if last is not generation:
+                self._cache.move_row(last.row, row, last.cached_tokens)
+                last.row, row = row, last.row
+                longest = max(longest, last.cached_tokens)
+        self._free_rows.add(row)
+        self._reserved_tokens -= generation.reserved_tokens
+        if generation.adapter is not None:
+            self._adapters.release(generation.adapter.name)
+        if not self._reading and not self._decoding:
+            self._cache.clear_all()
+        elif longest >= KEPT_ROW_TOKENS:
+            self._cache.clear_row(row)
+
+
+def _translate(error: Exception) -> ServiceError:
+    """Tell memory that ran out from everything else; the text stays in this process' log."""
+    if isinstance(error, ServiceError):
+        return error
+    logger.error("a generation failed", exc_info=error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+        return ResourceExhausted("The engine ran out of memory.", reason="ENGINE_OUT_OF_MEMORY", retry_after_seconds=RETRY_SECONDS)
+    return Unavailable("The model failed on this request.", reason="GENERATION_FAILED")

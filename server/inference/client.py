@@ -1,0 +1,95 @@
+"""The Engine port from another process: calls over the engine's socket, typed errors raised again, reconnection.
+
+Imports no torch."""
+
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from grpc import StatusCode, aio
+
+from server.domain.errors import ServiceError, Unavailable, error_from_data
+from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
+from server.inference import wire
+from server.services.codec import Codec
+
+T = TypeVar("T")
+Request = TypeVar("Request")
+# A restarted engine is found again within this time, though gRPC's own back-off would grow to two minutes.
+MAX_RECONNECT_SECONDS = 1.0
+OPTIONS = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", int(MAX_RECONNECT_SECONDS * 1000)),
+    # Channels to the same socket would share a connection, and one's back-off would delay another.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class EngineClient:
+    """Implements the Engine port over a unix socket. Belongs to the event loop that it is made on."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._channel = aio.insecure_channel(f"unix:{socket_path}", options=OPTIONS)
+
+    async def close(self) -> None:
+        """End the connection; calls that run are cancelled, and so the engine frees their places."""
+        await self._channel.close()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
+        """Stream deltas, then GenerationFinished; closing the iterator cancels the call. Raises what the engine raised, or Unavailable."""
+        method = self._channel.unary_stream(f"/{wire.SERVICE_NAME}/Generate", wire.GENERATE.encode, wire.GENERATE_REPLY.decode)
+        call = method(request)
+        try:
+            async for reply in call:
+                if isinstance(reply, wire.Failure):
+                    raise error_from_data(reply.error)
+                yield reply
+                if isinstance(reply, GenerationFinished):
+                    return
+            raise Unavailable("The engine ended a stream too early.", reason="ENGINE_LOST", retry_after_seconds=MAX_RECONNECT_SECONDS)
+        except aio.AioRpcError as error:
+            raise _translate(error) from error
+        finally:
+            call.cancel()
+
+    async def count_tokens(self, model: ModelReference, texts: Sequence[str]) -> Sequence[int]:
+        """Count tokens by the model's own tokenizer, without special tokens."""
+        return (await self._call("CountTokens", wire.COUNT_TOKENS, wire.CountTokens(model, tuple(texts)), wire.TokenCounts)).counts
+
+    async def read_context_tokens(self, model: ModelReference) -> int:
+        """Give the model's context length in tokens."""
+        return (await self._call("ReadContextTokens", wire.READ_CONTEXT_TOKENS, wire.ReadContextTokens(model), wire.ContextTokens)).tokens
+
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+        """Embed to unit vectors, one per text."""
+        return (await self._call("Embed", wire.EMBED, wire.Embed(embedding_model, tuple(texts), role), wire.Vectors)).vectors
+
+    async def forget(self, model_id: str) -> None:
+        """Drop what is loaded for a deleted model."""
+        await self._call("Forget", wire.FORGET, wire.Forget(model_id), wire.Done)
+
+    async def describe(self) -> wire.EngineStatus:
+        """Tell what is loaded and how busy it is; raises Unavailable while the engine is down, which makes it the health check."""
+        return await self._call("Describe", wire.DESCRIBE, wire.Describe(), wire.EngineStatus)
+
+    async def _call(self, method: str, codec: Codec[Request], request: Request, expected: type[T]) -> T:
+        call = self._channel.unary_unary(f"/{wire.SERVICE_NAME}/{method}", codec.encode, wire.UNARY_REPLY.decode)
+        try:
+            reply = await call(request)
+        except aio.AioRpcError as error:
+            raise _translate(error) from error
+        if isinstance(reply, wire.Failure):
+            raise error_from_data(reply.error)
+        if not isinstance(reply, expected):
+            raise Unavailable("The engine answered something else.", reason="ENGINE_FAILED")
+        return reply
+
+
+def _translate(error: aio.AioRpcError) -> ServiceError:
+    """Make a broken connection a typed error. Whatever gRPC itself reports means that the engine did not do its part."""
+    lost = error.code() in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
+    reason = "ENGINE_UNAVAILABLE" if lost else "ENGINE_FAILED"
+    return Unavailable("The engine cannot be reached.", reason=reason, retry_after_seconds=MAX_RECONNECT_SECONDS)

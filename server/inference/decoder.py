@@ -1,0 +1,69 @@
+"""A causal language model made ready for batches of rows: row attention, merged layers, adapters, and the shape of its cache."""
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from server.basemodels.loading import count_context_tokens
+from server.domain.errors import Unimplemented
+from server.inference.attention import use_row_attention
+from server.inference.cache import CacheShape, RowCache, Step
+from server.inference.layers import fuse_layers, wrap_linears
+from server.inference.lora import AdapterPool
+from server.inference.projections import AdapterSelection
+
+
+class Decoder:
+    """Runs forward passes of one model over rows of one cache. Takes the model over: it must not be used elsewhere afterwards."""
+
+    def __init__(self, model: PreTrainedModel, *, max_adapter_ranks: int) -> None:
+        config = model.config.get_text_config()
+        if getattr(config, "alibi", False):
+            raise _unsupported("its positions are linear biases (ALiBi)")
+        self.context_tokens = count_context_tokens(model)
+        self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        self._model = model
+        with torch.inference_mode():
+            self.cache_shape = _probe_cache(model, self.context_tokens)
+            self._has_row_attention = use_row_attention(model)
+            selection = AdapterSelection()
+            places = fuse_layers(model, selection) if self._has_row_attention else {}
+            places |= wrap_linears(model, selection)
+        shape = self.cache_shape
+        self.adapters = AdapterPool(places, selection, dtype=shape.dtype, device=shape.device, max_ranks=max_adapter_ranks)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: torch.Tensor, step: Step, cache: RowCache, *, wants_logits: bool) -> torch.Tensor | None:
+        """Run new tokens [rows, new tokens]; give the logits [rows, vocabulary] after each row's last one, if wanted."""
+        cache.begin(step)
+        arguments: dict[str, object] = {"input_ids": token_ids, "position_ids": step.positions, "past_key_values": cache, "use_cache": True}
+        if self._has_row_attention:
+            arguments["step"] = step
+        else:
+            arguments["attention_mask"] = step.mask(None, 1)
+        if not wants_logits:
+            self._model.base_model(**arguments)
+            return None
+        logits: torch.Tensor = self._model(**arguments, logits_to_keep=1).logits[:, -1]
+        return logits
+
+
+def _probe_cache(model: PreTrainedModel, context_tokens: int) -> CacheShape:
+    """Run one token and look what the model caches: modeling code differs too much to be read off configurations."""
+    cache = DynamicCache(config=model.config)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        model.base_model(input_ids=token, past_key_values=cache, use_cache=True)
+        tensors = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]  # others raise AttributeError
+    except (AttributeError, TypeError) as error:
+        raise _unsupported("it keeps another state than keys and values") from error
+    if any(keys is None or values is None for keys, values in tensors):
+        raise _unsupported("some of its layers cache nothing")
+    shapes = {tuple(tensor.shape) for pair in tensors for tensor in pair if tensor is not None}
+    if len(shapes) != 1:
+        raise _unsupported("its layers cache keys and values of different sizes")
+    _, heads, _, head_size = shapes.pop()
+    return CacheShape(len(tensors), heads, head_size, context_tokens, model.dtype, model.device)
+
+
+def _unsupported(why: str) -> Unimplemented:
+    return Unimplemented(f"The embedded engine cannot run this model: {why}.", reason="MODEL_NOT_SUPPORTED")

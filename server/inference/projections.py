@@ -1,0 +1,136 @@
+"""Linear projections as the engine runs them: weights packed for the CPU, and low-rank adapters of several requests added in one batch.
+
+The pool of adapter ranks is shared by all projections; `lora.py` fills it from files.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass
+class AdapterSelection:
+    """Which adapter ranks the rows of the current pass use, shared by all projections of a model.
+
+    `first` and `last` bound the ranks in use; `foreign` [rows, 1, last - first] marks those that are not the row's own, and is None
+    where all rows use all of them. Foreign ranks are overwritten with zero, not multiplied by it: an overflow in one adapter stays there.
+    """
+
+    first: int = 0
+    last: int = 0
+    foreign: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True when every row runs on the bare base."""
+        return self.last == self.first
+
+    def choose(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Set one range of ranks per row; an empty range is the bare base."""
+        used = [r for r in ranges if r[0] < r[1]]
+        if not used:
+            self.first, self.last, self.foreign = 0, 0, None
+            return
+        self.first, self.last = min(r[0] for r in used), max(r[1] for r in used)
+        if len(used) == len(ranges) and len(set(used)) == 1:
+            self.foreign = None
+            return
+        bounds = torch.tensor(ranges, device=device)
+        ranks = torch.arange(self.first, self.last, device=device)
+        self.foreign = ((ranks < bounds[:, :1]) | (ranks >= bounds[:, 1:])).unsqueeze(1)
+
+
+@dataclass
+class RankPool:
+    """The A [ranks, parts, in] and B [part: ranks, out] matrices of all loaded adapters at one projection; scales are folded into B."""
+
+    down: torch.Tensor
+    up: list[torch.Tensor] = field(default_factory=list)
+
+
+class PackedLinear:
+    """y = x W' + b, with W laid out once for oneDNN's bf16 kernels where the processor has them; otherwise torch's own linear."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+        packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self._packed: torch.Tensor | None = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if packable else None
+        self._weight: torch.Tensor | None = None if packable else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._weight is not None:
+            return functional.linear(x, self._weight, self.bias)
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return output
+
+
+class Projection(nn.Module):
+    """One or more linear layers with the same input, run as one product, plus the low-rank products of the rows' adapters.
+
+    Shape: [rows, tokens, in] -> [rows, tokens, sum of the parts' out].
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], selection: AdapterSelection) -> None:
+        super().__init__()
+        self._selection = selection
+        self.pool: RankPool | None = None
+        self.in_features, self.part_features = _measure_parts(parts)
+        self._module: nn.Module | None = None
+        self._packed: PackedLinear | None = None
+        if all(isinstance(part, nn.Linear) for part in parts):
+            self._packed = _pack([part for part in parts if isinstance(part, nn.Linear)])
+        elif len(parts) == 1:
+            self._module = parts[0]
+        else:
+            raise ValueError("only linear layers can be merged")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Project, and add what the rows' adapters say."""
+        base: torch.Tensor = self._packed(x) if self._packed is not None else self._module(x)  # type: ignore[misc]  # one of the two is set
+        chosen = self._selection
+        if chosen.first == chosen.last or self.pool is None:
+            return base
+        return self._add_adapters(base, x, self.pool, chosen)
+
+    def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: AdapterSelection) -> torch.Tensor:
+        down = pool.down[chosen.first : chosen.last]
+        ranks, parts = down.shape[0], down.shape[1]
+        inner = functional.linear(x, down.view(ranks * parts, -1))
+        if parts == 1:
+            inner = inner if chosen.foreign is None else inner.masked_fill_(chosen.foreign, 0)
+            return base.add_(inner @ pool.up[0][chosen.first : chosen.last])
+        inner = inner.view(*x.shape[:-1], ranks, parts)
+        inner = inner if chosen.foreign is None else inner.masked_fill_(chosen.foreign.unsqueeze(-1), 0)
+        start = 0
+        for part, up in enumerate(pool.up):
+            base[..., start : start + up.shape[1]] += inner[..., part] @ up[chosen.first : chosen.last]
+            start += up.shape[1]
+        return base
+
+
+def _measure_parts(parts: Sequence[nn.Module]) -> tuple[int, list[int]]:
+    """Give the common input width and each part's output width; transformers' Conv1D keeps its weight as [in, out]."""
+    sizes = []
+    for part in parts:
+        weight = part.weight
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise ValueError(f"{type(part).__name__} has no weight matrix")
+        rows, columns = weight.shape
+        sizes.append((columns, rows) if isinstance(part, nn.Linear) else (rows, columns))
+    if len({size[0] for size in sizes}) != 1:
+        raise ValueError("merged layers must have the same input")
+    return sizes[0][0], [size[1] for size in sizes]
+
+
+def _pack(parts: Sequence[nn.Linear]) -> PackedLinear:
+    if len(parts) == 1:
+        return PackedLinear(parts[0].weight.detach(), None if parts[0].bias is None else parts[0].bias.detach())
+    weight = torch.cat([part.weight.detach() for part in parts])
+    if all(part.bias is None for part in parts):
+        return PackedLinear(weight, None)
+    biases = [part.bias.detach() if part.bias is not None else weight.new_zeros(part.out_features) for part in parts]
+    return PackedLinear(weight, torch.cat(biases))

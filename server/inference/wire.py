@@ -1,0 +1,122 @@
+"""What crosses the border between api and engine: the methods' names and their messages, as dataclasses in JSON. Knows no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from server.domain.errors import ErrorData
+from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference
+from server.services.codec import Codec
+
+SERVICE_NAME = "modeltraining.engine.Engine"
+# Requests carry whole conversations and answers vectors; gRPC's own bound of 4 MB is too small for a batch of texts.
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CountTokens:
+    """Asks for token counts."""
+
+    model: ModelReference
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadContextTokens:
+    """Asks for a model's context length."""
+
+    model: ModelReference
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Asks for vectors."""
+
+    embedding_model: str
+    texts: Sequence[str]
+    role: EmbedRole
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Says that a model was deleted."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Asks for the engine's status."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A typed error, as data; the last message of its call."""
+
+    error: ErrorData
+    kind: Literal["failure"] = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """One count per text."""
+
+    counts: Sequence[int]
+    kind: Literal["counts"] = "counts"
+
+
+@dataclass(frozen=True, slots=True)
+class ContextTokens:
+    """A context length."""
+
+    tokens: int
+    kind: Literal["context"] = "context"
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One vector per text."""
+
+    vectors: Sequence[Sequence[float]]
+    kind: Literal["vectors"] = "vectors"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Nothing to tell but that it is done."""
+
+    kind: Literal["done"] = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A loaded base model: its weights, its context, and how busy its batch is."""
+
+    base_model: str
+    weight_bytes: int
+    context_tokens: int
+    adapters_loaded: int
+    running_requests: int
+    waiting_requests: int
+    reserved_cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What the engine holds now."""
+
+    models: Sequence[ModelStatus]
+    kind: Literal["status"] = "status"
+
+
+GenerateReply = Delta | GenerationFinished | Failure
+UnaryReply = TokenCounts | ContextTokens | Vectors | Done | EngineStatus | Failure
+
+GENERATE = Codec[GenerationRequest](GenerationRequest)
+COUNT_TOKENS = Codec[CountTokens](CountTokens)
+READ_CONTEXT_TOKENS = Codec[ReadContextTokens](ReadContextTokens)
+EMBED = Codec[Embed](Embed)
+FORGET = Codec[Forget](Forget)
+DESCRIBE = Codec[Describe](Describe)
+GENERATE_REPLY = Codec[GenerateReply](GenerateReply)
+UNARY_REPLY = Codec[UnaryReply](UnaryReply)

@@ -1,0 +1,212 @@
+"""The embedded engine as its callers see it: streams, seeds, stops, cancelling, loading and unloading."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference
+from server.inference.batching import BatchLimits
+from server.inference.engine import EmbeddedEngine
+from tests.inference.conftest import ask, ask_chat, collect, make_engine, save_adapter
+from tests.tiny_models import CONTEXT_TOKENS
+
+LLAMA = ModelReference("llama", "llama")
+
+
+async def test_an_answer_is_the_same_alone_and_among_others(engine: EmbeddedEngine) -> None:
+    prompts = [f"The river town keeps {n} maps" + " in a blue house" * n for n in range(8)]
+    alone = [await collect(engine.generate(ask(prompt))) for prompt in prompts]
+    together = await asyncio.gather(*(collect(engine.generate(ask(prompt))) for prompt in prompts))
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert len({answer.text for answer in alone}) > 1
+
+
+async def test_usage_is_exact_and_timings_are_in_order(engine: EmbeddedEngine) -> None:
+    prompt = "Who keeps the maps?"
+    answer = await collect(engine.generate(ask(prompt, max_tokens=7)))
+    assert answer.end.finish_reason is FinishReason.LENGTH
+    assert answer.end.usage.completion_tokens == 7
+    assert [answer.end.usage.prompt_tokens] == list(await engine.count_tokens(LLAMA, [prompt]))
+    assert 0 <= answer.end.timings.queue_seconds <= answer.end.timings.first_token_seconds <= answer.end.timings.total_seconds
+
+
+async def test_messages_go_through_the_chat_template(engine: EmbeddedEngine) -> None:
+    chat = await collect(engine.generate(ask_chat("Hello")))
+    plain = await collect(engine.generate(ask("Hello")))
+    assert chat.end.usage.prompt_tokens > plain.end.usage.prompt_tokens + 4
+
+
+async def test_a_seed_repeats_a_text_in_any_company_and_the_answer_names_the_seed(engine: EmbeddedEngine) -> None:
+    sampled = ask("The river", temperature=1.5, top_p=0.95, seed=11, max_tokens=24)
+    alone = await collect(engine.generate(sampled))
+    company = [engine.generate(ask("A question", temperature=1.0, max_tokens=30)) for _ in range(3)]
+    among, *others = await asyncio.gather(collect(engine.generate(sampled)), *map(collect, company))
+    assert among.text == alone.text
+    assert among.end.seed == 11
+    drawn = others[0].end.seed
+    again = await collect(engine.generate(ask("A question", temperature=1.0, max_tokens=30, seed=drawn)))
+    assert again.text == others[0].text
+    assert len({other.text for other in others}) > 1
+
+
+async def test_a_stop_string_ends_the_answer_before_it(engine: EmbeddedEngine) -> None:
+    whole = (await collect(engine.generate(ask("Who keeps the maps?", max_tokens=24)))).text
+    stop = whole[4:9]
+    cut = whole[: whole.index(stop)]
+    answer = await collect(engine.generate(ask("Who keeps the maps?", max_tokens=24, stop=(stop,))))
+    assert (answer.text, answer.end.finish_reason) == (cut, FinishReason.STOP_STRING)
+    assert answer.end.usage.completion_tokens < 24
+
+
+async def test_logprobs_come_for_each_token(engine: EmbeddedEngine) -> None:
+    answer = await collect(engine.generate(ask("Who keeps", max_tokens=9, logprobs=2)))
+    positions = [position for delta in answer.deltas for position in delta.logprobs]
+    assert len(positions) == answer.end.usage.completion_tokens
+    for position in positions:
+        assert position.chosen.logprob <= 0
+        assert position.chosen == position.top[0], "greedy takes the likeliest"
+
+
+async def test_a_prompt_over_the_context_is_refused_with_both_figures(engine: EmbeddedEngine) -> None:
+    prompt = "maps " * CONTEXT_TOKENS
+    tokens = (await engine.count_tokens(LLAMA, [prompt]))[0]
+    with pytest.raises(InvalidInput) as refused:
+        await collect(engine.generate(ask(prompt)))
+    assert refused.value.reason == "PROMPT_TOO_LONG"
+    assert str(tokens) in str(refused.value)
+    assert str(CONTEXT_TOKENS) in str(refused.value)
+    assert refused.value.data.violations[0].field == "prompt"
+    with pytest.raises(InvalidInput, match="is empty"):
+        await collect(engine.generate(ask("")))
+
+
+async def test_an_answer_is_bounded_by_the_context(engine: EmbeddedEngine) -> None:
+    answer = await collect(engine.generate(ask("maps " * 100, max_tokens=10**9)))
+    usage = answer.end.usage
+    assert usage.prompt_tokens + usage.completion_tokens <= CONTEXT_TOKENS
+    assert answer.end.finish_reason is FinishReason.STOP or usage.prompt_tokens + usage.completion_tokens == CONTEXT_TOKENS
+    assert await engine.read_context_tokens(LLAMA) == CONTEXT_TOKENS
+
+
+async def test_closing_a_stream_frees_its_place_within_a_step(engine: EmbeddedEngine) -> None:
+    async with aclosing(engine.generate(ask("The river", max_tokens=400))) as events:
+        await anext(events)
+        assert (await engine.describe()).models[0].running_requests == 1
+    steps = engine._stepper
+    await steps.call(lambda: None)  # commands are taken between steps, in order
+    status = (await engine.describe()).models[0]
+    assert (status.running_requests, status.reserved_cache_tokens) == (0, 0)
+
+
+async def test_cancelling_a_task_in_the_queue_leaves_nothing_behind(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, BatchLimits(max_rows=1, max_waiting=4, cache_tokens=600))
+    engine.start()
+    first = asyncio.create_task(collect(engine.generate(ask("The river", max_tokens=300))))
+    await asyncio.sleep(0.1)
+    waiting = [asyncio.create_task(collect(engine.generate(ask("A question")))) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await engine._stepper.call(lambda: None)
+    status = (await engine.describe()).models[0]
+    assert status.waiting_requests == 0
+    assert (await first).end.usage.completion_tokens > 0
+    await engine.stop()
+
+
+async def test_more_than_the_queue_holds_is_refused_and_the_rest_is_served(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, BatchLimits(max_rows=2, max_waiting=3, cache_tokens=600))
+    engine.start()
+    await engine.read_context_tokens(LLAMA)
+    results = await asyncio.gather(*(collect(engine.generate(ask("The river", max_tokens=40))) for _ in range(30)), return_exceptions=True)
+    refused = [r for r in results if isinstance(r, ResourceExhausted)]
+    served = [r for r in results if not isinstance(r, BaseException)]
+    assert len(refused) + len(served) == 30
+    assert len(served) >= 5
+    assert refused
+    assert refused[0].data.retry_after_seconds
+    await engine.stop()
+
+
+async def test_adapters_share_a_base_and_a_bad_one_fails_only_its_own_requests(
+    engine: EmbeddedEngine, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in ("one", "two", "bad"):
+        save_adapter(tiny("llama"), tmp_path / name, rank=4, seed=len(name) + ord(name[0]))
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    requests = [ask("The river", adapter=name) for name in ("one", "two", "bad", None)]
+    results = await asyncio.gather(*(collect(engine.generate(request)) for request in requests), return_exceptions=True)
+    assert isinstance(results[2], FailedPrecondition)
+    texts = [r.text for r in results if not isinstance(r, BaseException)]
+    assert len(set(texts)) == 3
+    status = await engine.describe()
+    assert (len(status.models), status.models[0].adapters_loaded) == (1, 2)
+    await engine.forget("mdl_tiny")
+    assert (await engine.describe()).models[0].adapters_loaded == 0
+    again = await collect(engine.generate(requests[0]))
+    assert again.text == texts[0]
+
+
+async def test_models_over_the_budget_leave_by_last_use_and_come_back(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    table = {family: tiny(family) for family in ("llama", "qwen2", "mistral")}
+    engine = make_engine(table, tmp_path, max_model_bytes=1)
+    engine.start()
+    first = await collect(engine.generate(ask("The river", model="llama")))
+    await collect(engine.generate(ask("The river", model="qwen2")))
+    assert [model.base_model for model in (await engine.describe()).models] == ["qwen2"]
+    async with aclosing(engine.generate(ask("The river", model="qwen2", max_tokens=400))) as events:
+        await anext(events)
+        await collect(engine.generate(ask("The river", model="mistral")))
+        loaded = {model.base_model for model in (await engine.describe()).models}
+        assert loaded == {"qwen2", "mistral"}, "a model in use stays"
+    again = await collect(engine.generate(ask("The river", model="llama")))
+    assert again.text == first.text
+    await engine.stop()
+
+
+async def test_many_who_want_a_model_load_it_once_and_an_unknown_one_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path)
+    engine.start()
+    impatient = asyncio.create_task(collect(engine.generate(ask("The river"))))
+    await asyncio.sleep(0)
+    patient = [asyncio.create_task(collect(engine.generate(ask("The river")))) for _ in range(4)]
+    await asyncio.sleep(0.001)
+    impatient.cancel()
+    answers = await asyncio.gather(*patient)
+    assert len({answer.text for answer in answers}) == 1
+    assert len((await engine.describe()).models) == 1
+    with pytest.raises(NotFound, match="nowhere"):
+        await collect(engine.generate(ask("The river", model="nowhere")))
+    await engine.stop()
+
+
+async def test_stopping_fails_running_requests_as_unavailable(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path)
+    engine.start()
+    events = engine.generate(ask("The river", max_tokens=450))
+    await anext(events)
+    await engine.stop()
+    with pytest.raises(Unavailable):
+        await collect(events)
+
+
+async def test_an_engine_without_an_embedder_says_so(engine: EmbeddedEngine) -> None:
+    with pytest.raises(FailedPrecondition):
+        await engine.embed("minilm", ["text"], EmbedRole.QUERY)
+
+
+async def test_unread_deltas_become_one_so_that_a_reader_who_sleeps_costs_one_text(engine: EmbeddedEngine) -> None:
+    async with aclosing(engine.generate(ask("The river", max_tokens=200))) as events:
+        await anext(events)
+        for _ in range(300):
+            await asyncio.sleep(0.02)
+            if (await engine.describe()).models[0].running_requests == 0:
+                break
+        rest = [event async for event in events]
+    assert len(rest) <= 2
+    assert isinstance(rest[-1], GenerationFinished)
