@@ -2,11 +2,12 @@
 
 Imports no torch."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from grpc import StatusCode, aio
+from grpc import ChannelConnectivity, StatusCode, aio
 
 from server.domain.errors import ServiceError, Unavailable, error_from_data
 from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
@@ -16,7 +17,11 @@ from server.services.codec import Codec
 T = TypeVar("T")
 Request = TypeVar("Request")
 # A restarted engine is found again within this time, though gRPC's own back-off would grow to two minutes.
-MAX_RECONNECT_SECONDS = 1.0
+MAX_RECONNECT_SECONDS = 0.5
+# How long a call waits for a connection: two attempts of the above, so that a quick restart costs time and no errors.
+CONNECT_SECONDS = 1.5
+# What a caller is told to wait for an engine that does not come back within that: about what loading its code takes.
+RETRY_SECONDS = 5.0
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -41,6 +46,7 @@ class EngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """Stream deltas, then GenerationFinished; closing the iterator cancels the call. Raises what the engine raised, or Unavailable."""
         method = self._channel.unary_stream(f"/{wire.SERVICE_NAME}/Generate", wire.GENERATE.encode, wire.GENERATE_REPLY.decode)
+        await self._connect()
         call = method(request)
         try:
             async for reply in call:
@@ -49,7 +55,7 @@ class EngineClient:
                 yield reply
                 if isinstance(reply, GenerationFinished):
                     return
-            raise Unavailable("The engine ended a stream too early.", reason="ENGINE_LOST", retry_after_seconds=MAX_RECONNECT_SECONDS)
+            raise Unavailable("The engine ended a stream too early.", reason="ENGINE_LOST", retry_after_seconds=RETRY_SECONDS)
         except aio.AioRpcError as error:
             raise _translate(error) from error
         finally:
@@ -75,8 +81,19 @@ class EngineClient:
         """Tell what is loaded and how busy it is; raises Unavailable while the engine is down, which makes it the health check."""
         return await self._call("Describe", wire.DESCRIBE, wire.Describe(), wire.EngineStatus)
 
+    async def _connect(self) -> None:
+        """Give a lost connection time to come back: right after a restart gRPC would still fail calls until its next attempt."""
+        if self._channel.get_state(try_to_connect=True) is ChannelConnectivity.READY:
+            return
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise _make_unavailable() from None
+
     async def _call(self, method: str, codec: Codec[Request], request: Request, expected: type[T]) -> T:
         call = self._channel.unary_unary(f"/{wire.SERVICE_NAME}/{method}", codec.encode, wire.UNARY_REPLY.decode)
+        await self._connect()
         try:
             reply = await call(request)
         except aio.AioRpcError as error:
@@ -90,6 +107,10 @@ class EngineClient:
 
 def _translate(error: aio.AioRpcError) -> ServiceError:
     """Make a broken connection a typed error. Whatever gRPC itself reports means that the engine did not do its part."""
-    lost = error.code() in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED)
-    reason = "ENGINE_UNAVAILABLE" if lost else "ENGINE_FAILED"
-    return Unavailable("The engine cannot be reached.", reason=reason, retry_after_seconds=MAX_RECONNECT_SECONDS)
+    if error.code() in (StatusCode.UNAVAILABLE, StatusCode.CANCELLED):
+        return _make_unavailable()
+    return Unavailable("The engine failed on this call.", reason="ENGINE_FAILED")
+
+
+def _make_unavailable() -> Unavailable:
+    return Unavailable("The engine cannot be reached.", reason="ENGINE_UNAVAILABLE", retry_after_seconds=RETRY_SECONDS)

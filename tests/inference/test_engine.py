@@ -11,7 +11,9 @@ from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Res
 from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
-from tests.inference.conftest import ask, ask_chat, collect, make_engine, save_adapter
+from tests.inference.asking import ask, ask_chat, collect
+from tests.inference.conftest import save_adapter
+from tests.inference.engines import make_engine
 from tests.tiny_models import CONTEXT_TOKENS
 
 LLAMA = ModelReference("llama", "llama")

@@ -1,0 +1,27 @@
+"""An engine over one tiny model in a process of its own, for tests that kill it.
+
+Started by `python -m tests.inference.engine_process SOCKET MODEL`.
+"""
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from server.inference.server import serve
+from tests.inference.engines import make_engine
+
+
+async def main(socket_path: Path, model_directory: Path) -> None:
+    """Serve until SIGTERM; say "ready" on stdout."""
+    torch.set_num_threads(1)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    engine = make_engine({"llama": model_directory}, socket_path.parent)
+    await serve(engine, socket_path, stop=stop, on_ready=lambda: print("ready", flush=True))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,42 @@
+"""Engines over tiny models in float32."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.domain.errors import NotFound
+from server.inference.batching import BatchLimits
+from server.inference.engine import EmbeddedEngine
+from server.inference.library import LoadingOptions
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a resolver gives."""
+
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Directories:
+    """Resolves base models by a table."""
+
+    table: dict[str, Path]
+
+    def resolve(self, base_model: str) -> Resolved:
+        """Look a name up."""
+        if base_model not in self.table:
+            raise NotFound.of("base model", base_model)
+        return Resolved(self.table[base_model])
+
+
+def make_engine(table: dict[str, Path], storage: Path, limits: BatchLimits | None = None, max_model_bytes: int = 1 << 30) -> EmbeddedEngine:
+    """Make an engine over tiny models in float32."""
+    return EmbeddedEngine(
+        base_models=Directories(table),
+        resolve_adapter=lambda reference: storage / (reference.adapter_path or ""),
+        embedder=None,
+        options=LoadingOptions(limits or BatchLimits(max_rows=8, max_waiting=8, cache_tokens=4096), dtype=torch.float32),
+        max_model_bytes=max_model_bytes,
+    )
