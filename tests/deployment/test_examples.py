@@ -30,7 +30,9 @@ def questions() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in (EXAMPLES / "documents").iterdir()}
+    texts = [path.read_text(encoding="utf-8") for path in (EXAMPLES / "documents").iterdir()]
+    assert all(text.startswith("# ") for text in texts)
+    return {text.partition("\n")[0].removeprefix("# "): text for text in texts}
 
 
 def test_there_are_a_few_hundred_records_in_both_languages() -> None:
@@ -75,6 +77,7 @@ def test_the_documents_answer_what_the_demo_asks_and_the_records_do_not(question
     for item in questions["documented"]:
         assert item["key"] in documents[item["document"]]
         assert item["key"] not in taught
+        assert sum(item["key"] in text for text in documents.values()) == 1
 
 
 def test_the_list_of_files_names_them_all() -> None:

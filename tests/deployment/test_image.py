@@ -103,6 +103,10 @@ def test_what_the_image_keeps_lies_in_its_volume() -> None:
     volume = next(instruction.text for instruction in final_stage() if instruction.word == "VOLUME")
     assert environment["DATA_DIRECTORY"] == volume
     assert not {"MODEL_STORAGE_PATH", "MODEL_CACHE_PATH", "ENGINE_SOCKET"} & environment.keys()
+    settings = Settings.from_environment({"DATA_DIRECTORY": volume})
+    made = next(instruction.text for instruction in final_stage() if "install --directory" in instruction.text).split()
+    # Only `up` makes them itself; in compose each role is on its own.
+    assert {str(settings.engine_socket.parent), str(settings.storage_path), str(settings.cache_path)} <= set(made)
 
 
 def test_each_variable_that_the_image_sets_is_the_services_or_pythons() -> None:
