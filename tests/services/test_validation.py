@@ -40,7 +40,8 @@ def test_two_ways_to_say_the_same_are_refused() -> None:
         (GenerationParameters(temperature=-1), "temperature"), (GenerationParameters(temperature=math.nan), "temperature"),
         (GenerationParameters(max_tokens=10**9), "max_tokens"), (GenerationParameters(max_tokens=0), "max_tokens"),
         (GenerationParameters(top_p=0), "top_p"), (GenerationParameters(top_p=1.1), "top_p"), (GenerationParameters(top_k=-1), "top_k"),
-        (GenerationParameters(min_p=2), "min_p"), (GenerationParameters(stop=("",)), "stop[0]"), (GenerationParameters(stop=("x",) * 17), "stop"),
+        (GenerationParameters(min_p=2), "min_p"), (GenerationParameters(stop=("",)), "stop[0]"),
+        (GenerationParameters(stop=("x",) * 17), "stop"),
         (GenerationParameters(logprobs=100), "logprobs"), (GenerationParameters(seed=-1), "seed"),
     ],
 )  # fmt: skip

@@ -1,0 +1,60 @@
+"""The use cases over a real PostgreSQL, real files and the packaged base models; no engine is running."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from server.basemodels.sources import BaseModelSource
+from server.db.database import PostgresDatabase
+from server.db.feed import PostgresJobFeed
+from server.domain.specs import ParametersRequest
+from server.inference.client import EngineClient
+from server.services.datasets import Datasets
+from server.services.fine_tuning import FineTuneDefaults, FineTuning
+from server.services.model_service import ModelService
+from server.services.rag_models import RagModels
+from server.services.requests import CreateFineTunedModel
+from server.services.training_service import TrainingService
+from server.storage.files import LocalFiles
+
+ORGANIZATION = "default"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+GOOD_LINE = b'{"prompt": "1 + 1 =", "completion": " 2"}\n'
+
+
+async def pieces(*data: bytes) -> AsyncIterator[bytes]:
+    """Send an upload in pieces."""
+    for piece in data:
+        yield piece
+
+
+def fine_tune(dataset_id: object = "", **changes: object) -> CreateFineTunedModel:
+    """A request that is fine but for `changes`."""
+    values: dict[str, object] = {"display_name": "m", "base_model": BASE_MODEL, "technique": None, "parameters": ParametersRequest()}
+    return CreateFineTunedModel(**{**values, "dataset_id": dataset_id, **changes})  # type: ignore[arg-type]  # plain test data
+
+
+@dataclass(frozen=True)
+class UseCases:
+    """The services, as app.py composes them."""
+
+    models: ModelService
+    training: TrainingService
+    datasets: Datasets
+    storage: Path
+
+
+@pytest.fixture
+async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[UseCases]:
+    storage = tmp_path / "storage"
+    files, source = LocalFiles(storage), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
+    datasets = Datasets(database, files, 10_000)
+    engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
+    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3))
+    models = ModelService(database, files, engine, source, tuning, RagModels(database, source))
+    yield UseCases(models, TrainingService(database, feed, datasets), datasets, storage)
+    await feed.close()
+    await engine.close()

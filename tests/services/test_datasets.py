@@ -1,0 +1,93 @@
+"""Datasets: every bad record named, nothing kept of what was refused."""
+
+import pytest
+
+from server.domain.datasets import RecordKind
+from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound, ResourceExhausted
+from server.services.requests import PageRequest, UploadDataset
+from tests.services.conftest import GOOD_LINE, ORGANIZATION, UseCases, fine_tune, pieces
+
+
+def stored_files(use_cases: UseCases) -> list[str]:
+    return sorted(str(path.relative_to(use_cases.storage)) for path in use_cases.storage.rglob("*") if path.is_file())
+
+
+async def test_bad_records_are_named_by_line_and_the_good_ones_kept(use_cases: UseCases) -> None:
+    data = pieces(GOOD_LINE, b"\n{broken\n", GOOD_LINE + b"[]")
+    dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), data)
+    assert (dataset.record_count, dataset.invalid_record_count, dataset.record_kind) == (2, 2, RecordKind.COMPLETION)
+    assert [(finding.line, finding.code) for finding in dataset.findings] == [(3, "BROKEN_JSON"), (5, "NOT_AN_OBJECT")]
+    assert stored_files(use_cases) == [dataset.path]
+    assert await use_cases.datasets.get(ORGANIZATION, dataset.dataset_id) == dataset
+
+
+@pytest.mark.parametrize(("data", "reason"), [(b"", "DATASET_EMPTY"), (b"\n \n", "DATASET_EMPTY"), (b"{\n[]\n" * 30, "DATASET_INVALID")])
+async def test_an_empty_or_wholly_bad_dataset_is_refused_and_nothing_kept(use_cases: UseCases, data: bytes, reason: str) -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), pieces(data))
+    assert refusal.value.reason == reason
+    assert stored_files(use_cases) == []
+    if reason == "DATASET_INVALID":
+        assert refusal.value.data.violations[1].field == "data.line[2]"
+        assert "40 more" in str(refusal.value)
+
+
+async def test_an_upload_over_the_limit_is_refused_and_nothing_kept(use_cases: UseCases) -> None:
+    with pytest.raises(ResourceExhausted):
+        await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), pieces(GOOD_LINE * 200, GOOD_LINE * 200))
+    assert stored_files(use_cases) == []
+
+
+async def test_the_same_upload_again_answers_with_the_first(use_cases: UseCases) -> None:
+    request = UploadDataset("d", request_id="r")
+    first = await use_cases.datasets.upload(ORGANIZATION, request, pieces(GOOD_LINE))
+    assert await use_cases.datasets.upload(ORGANIZATION, request, pieces(GOOD_LINE)) == first
+    assert stored_files(use_cases) == [first.path]
+    with pytest.raises(AlreadyExists):
+        await use_cases.datasets.upload(ORGANIZATION, request, pieces(GOOD_LINE, GOOD_LINE))
+
+
+async def test_a_dataset_that_is_only_validated_is_not_kept(use_cases: UseCases) -> None:
+    dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d", validate_only=True), pieces(GOOD_LINE))
+    assert dataset.record_count == 1
+    assert stored_files(use_cases) == []
+    assert (await use_cases.datasets.list(ORGANIZATION, PageRequest())).items == []
+
+
+async def test_a_dataset_in_use_is_not_deleted_until_its_job_has_ended(use_cases: UseCases) -> None:
+    dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), pieces(GOOD_LINE))
+    made = await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(dataset.dataset_id))
+    assert made.job is not None
+    with pytest.raises(FailedPrecondition, match=made.job.job_id):
+        await use_cases.datasets.delete(ORGANIZATION, dataset.dataset_id)
+    await use_cases.training.cancel_job(ORGANIZATION, made.job.job_id)
+    await use_cases.datasets.delete(ORGANIZATION, dataset.dataset_id)
+    assert stored_files(use_cases) == []
+    with pytest.raises(NotFound):
+        await use_cases.datasets.get(ORGANIZATION, dataset.dataset_id)
+
+
+async def test_another_organization_sees_no_dataset(use_cases: UseCases) -> None:
+    dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), pieces(GOOD_LINE))
+    assert (await use_cases.datasets.list("other", PageRequest())).items == []
+    for attempt in (use_cases.datasets.get, use_cases.datasets.delete):
+        with pytest.raises(NotFound):
+            await attempt("other", dataset.dataset_id)
+    assert stored_files(use_cases) == [dataset.path]
+
+
+async def test_pages_follow_each_other_without_gap_and_end(use_cases: UseCases) -> None:
+    made = [await use_cases.datasets.upload(ORGANIZATION, UploadDataset(f"d{n}"), pieces(GOOD_LINE)) for n in range(5)]
+    seen, token = [], ""
+    for _ in range(3):
+        page = await use_cases.datasets.list(ORGANIZATION, PageRequest(2, token))
+        seen += [dataset.dataset_id for dataset in page.items]
+        token = page.next_page_token
+    assert seen == sorted((dataset.dataset_id for dataset in made), reverse=True)
+    assert token == ""
+
+
+@pytest.mark.parametrize("request_", [PageRequest(0), PageRequest(1001), PageRequest(1, "rubbish"), PageRequest(1, "WzEsMl0")])
+async def test_a_senseless_page_is_refused(use_cases: UseCases, request_: PageRequest) -> None:
+    with pytest.raises(InvalidInput):
+        await use_cases.datasets.list(ORGANIZATION, request_)
