@@ -47,7 +47,7 @@ def save_adapter(base: Path, target: Path, *, rank: int, seed: int, modules: Seq
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
-        peft.save_pretrained(target)
+        peft.save_pretrained(str(target))
     return target
 
 

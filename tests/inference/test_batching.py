@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Recorder:
 
 
 def reference_tokens(directory: Path, prompt_ids: Sequence[int], tokens: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.tensor([list(prompt_ids)])
     with torch.inference_mode():
         mask = torch.ones_like(ids)
@@ -200,7 +201,8 @@ def test_a_failing_request_fails_alone(tiny: Callable[[str], Path]) -> None:
 
 def test_numbers_that_are_not_finite_fail_their_row_and_leave_no_trace(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
-    embedding = model.decoder._model.get_input_embeddings()
+    network: Any = model.decoder._model
+    embedding = network.get_input_embeddings()
     embedding.weight.data[9] = float("nan")
     good, bad = make_generation(model, [5, 6, 7], 6), make_generation(model, [9, 9, 9, 9], 6)
     said = Recorder([good, bad])

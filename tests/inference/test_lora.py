@@ -68,9 +68,11 @@ def test_adapters_of_different_ranks_and_the_base_in_one_batch_compute_what_peft
     for name, directory in directories.items():
         put(model, name, directory)
     logits = batched_logits(model.decoder, ["first", None, "second", "third", "first"])
-    expected = {name: peft_logits(base, directory) for name, directory in ((None, None), *directories.items())}
-    for row, name in enumerate(["first", None, "second", "third", "first"]):
-        torch.testing.assert_close(logits[row], expected[name], atol=1e-4, rtol=1e-4)
+    expected: dict[str | None, torch.Tensor] = {name: peft_logits(base, directory) for name, directory in directories.items()}
+    expected[None] = peft_logits(base, None)
+    order: list[str | None] = ["first", None, "second", "third", "first"]
+    for row, key in enumerate(order):
+        torch.testing.assert_close(logits[row], expected[key], atol=1e-4, rtol=1e-4)
     for name in directories:
         assert (expected[name] - expected[None]).abs().max() > 0.01, "the adapter must do something, or this shows nothing"
 
@@ -78,8 +80,9 @@ def test_adapters_of_different_ranks_and_the_base_in_one_batch_compute_what_peft
 def test_generations_with_different_adapters_share_a_batch_and_say_what_they_say_alone(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny("llama")
     directories = {f"a{n}": save_adapter(base, tmp_path / f"a{n}", rank=2 * n, seed=n) for n in (1, 2, 3)}
-    alone = {}
-    for name in (*directories, None):
+    alone: dict[str | None, list[int]] = {}
+    names: list[str | None] = [*directories, None]
+    for name in names:
         model = load(base)
         generation = make_generation(model, PROMPT)
         generation.adapter = None if name is None else NamedAdapter(name, read_adapter(directories[name], model.decoder.adapters.places))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_the_same_tokens_stay_as_in_transformers(top_k: int, top_p: float, min_p
         warpers.append(TopPLogitsWarper(top_p))
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
-    expected = warpers(torch.zeros(3, 1, dtype=torch.long), logits.clone())
+    ids: Any = torch.zeros(3, 1, dtype=torch.long)
+    expected = warpers(ids, cast(Any, logits.clone()))
     ours = keep_candidates(logits / 0.8, [parameters] * 3)
     differ = torch.isfinite(ours) != torch.isfinite(expected)
     # One token more or less at the very border of the sum is rounding, and so are a few that are hardly likely.

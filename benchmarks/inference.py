@@ -1,0 +1,172 @@
+"""Tokens per second of the embedded engine beside transformers' generate, in one run: `python -m benchmarks.inference MODEL_DIRECTORY`.
+
+Greedy, prompts of 128 tokens, 128 new ones. The engine is measured through its async interface, with 16 requests that arrive over time.
+"""
+
+import argparse
+import asyncio
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.basemodels.loading import preferred_dtype
+from server.domain.generation import GenerationFinished, GenerationParameters, GenerationRequest, ModelReference
+from server.inference.batching import BatchLimits
+from server.inference.engine import EmbeddedEngine
+from server.inference.library import LoadingOptions
+
+PROMPT_TEXT = "The harbour master of a small town keeps a book of every ship that comes and goes, with its cargo and its captain. "
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+STREAMS = 16
+ADAPTERS = 8
+RANK = 16
+ARRIVAL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Resolves every name to one directory."""
+
+    directory: Path
+
+    def resolve(self, _: str) -> "Directory":
+        """Give it."""
+        return self
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked in a measurement."""
+
+    prompt: str
+    new_tokens: int
+    repeats: int
+
+
+def make_prompt(directory: Path, tokens: int) -> str:
+    """Make a text of so many tokens, as near as the tokenizer allows."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    text = PROMPT_TEXT * (tokens // 10)
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens]))
+
+
+def measure_transformers(directory: Path, load: Load, rows: int) -> float:
+    """Give generate's tokens per second for a static batch of equal prompts."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=preferred_dtype())
+    ids = torch.tensor([tokenizer(load.prompt, add_special_tokens=False).input_ids] * rows)
+    lengths = {"max_new_tokens": load.new_tokens, "min_new_tokens": load.new_tokens, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        return max(_rate(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **lengths), rows * load.new_tokens, load.repeats))
+
+
+def _rate(work: Any, tokens: int, repeats: int) -> list[float]:
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        rates.append(tokens / (time.perf_counter() - start))
+    return rates
+
+
+async def ask(engine: EmbeddedEngine, load: Load, adapter: str | None, delay_seconds: float) -> tuple[int, float]:
+    """Send one request; give its completion tokens and the seconds to its first token."""
+    await asyncio.sleep(delay_seconds)
+    # A bias against ending is not part of the API: a prompt that the model continues at length stands in for it.
+    parameters = GenerationParameters(max_tokens=load.new_tokens, temperature=0.0)
+    reference = ModelReference(adapter or "base", "base", version=1 if adapter else None, adapter_path=adapter)
+    async for event in engine.generate(GenerationRequest("r", reference, parameters, prompt=load.prompt)):
+        if isinstance(event, GenerationFinished):
+            return event.usage.completion_tokens, event.timings.first_token_seconds
+    raise RuntimeError("the stream was cut")
+
+
+async def measure_engine(engine: EmbeddedEngine, load: Load, adapters: Sequence[str | None]) -> tuple[float, float]:
+    """Run one request per entry, arriving over time; give the best tokens per second and the mean seconds to the first token."""
+    best, first = 0.0, 0.0
+    for _ in range(load.repeats):
+        start = time.perf_counter()
+        answers = await asyncio.gather(*(ask(engine, load, name, i * ARRIVAL_SECONDS) for i, name in enumerate(adapters)))
+        rate = sum(tokens for tokens, _ in answers) / (time.perf_counter() - start)
+        if rate > best:
+            best, first = rate, sum(seconds for _, seconds in answers) / len(answers)
+    return best, first
+
+
+def save_adapters(directory: Path, target: Path) -> list[str]:
+    """Save random adapters over all linear layers."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    peft: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS))
+    names = []
+    for number in range(ADAPTERS):
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=1e-3)
+        names.append(f"adapter-{number}")
+        peft.save_pretrained(target / names[-1])
+    return names
+
+
+async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Measure the engine alone, with many streams, and with many streams over many adapters."""
+    engine = EmbeddedEngine(
+        base_models=Directory(directory),
+        resolve_adapter=lambda reference: storage / (reference.adapter_path or ""),
+        embedder=None,
+        options=LoadingOptions(BatchLimits(max_rows=STREAMS)),
+        max_model_bytes=1 << 40,
+    )
+    engine.start()
+    mixed = [names[i % len(names)] for i in range(STREAMS)]
+    warm = Load(load.prompt, 2, 1)
+    await measure_engine(engine, warm, [None])
+    results = {
+        "one stream": await measure_engine(engine, load, [None]),
+        f"{STREAMS} streams": await measure_engine(engine, load, [None] * STREAMS),
+    }
+    await measure_engine(engine, warm, mixed)
+    results[f"{STREAMS} streams, one adapter"] = await measure_engine(engine, load, [names[0]] * STREAMS)
+    results[f"{STREAMS} streams over {len(names)} adapters"] = await measure_engine(engine, load, mixed)
+    await engine.stop()
+    return results
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    load = Load(make_prompt(arguments.directory, arguments.prompt_tokens), arguments.new_tokens, arguments.repeats)
+    alone = measure_transformers(arguments.directory, load, 1)
+    static = measure_transformers(arguments.directory, load, STREAMS)
+    with tempfile.TemporaryDirectory() as storage:
+        names = save_adapters(arguments.directory, Path(storage))
+        results = asyncio.run(run_engine(arguments.directory, load, Path(storage), names))
+    print(f"{torch.get_num_threads()} threads, {preferred_dtype()}, tokens per second (seconds to the first token)")
+    print(f"transformers generate, alone        {alone:8.1f}")
+    print(f"transformers generate, static {STREAMS:3}   {static:8.1f}")
+    base = results[f"{STREAMS} streams"][0]
+    for name, (rate, first) in results.items():
+        peer = alone if name == "one stream" else static
+        of_base = f", {rate / base:4.2f} x base" if "adapter" in name else ""
+        print(f"engine, {name:28}{rate:8.1f}  ({first:5.2f} s)  {rate / peer:4.2f} x transformers{of_base}")
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+
+
+if __name__ == "__main__":
+    main()
