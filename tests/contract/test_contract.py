@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from google.api import annotations_pb2, http_pb2
@@ -64,7 +65,9 @@ def read_files() -> Sequence[FileDescriptorProto]:
 
 def read_rule(method: MethodDescriptorProto) -> http_pb2.HttpRule:
     """Read the REST binding of a method."""
-    return method.options.Extensions[annotations_pb2.http]
+    # The generated stub says no more of an extension than that it is a field.
+    rule: http_pb2.HttpRule = method.options.Extensions[cast(Any, annotations_pb2.http)]
+    return rule
 
 
 def read_methods() -> Iterator[tuple[str, MethodDescriptorProto]]:

@@ -26,7 +26,9 @@ def validate(configuration: str, directory: Path) -> subprocess.CompletedProcess
     """Let Envoy check a configuration without serving it."""
     path = directory / "envoy.yaml"
     path.write_text(configuration)
-    return subprocess.run([ENVOY, "--mode", "validate", "-c", path, "--disable-hot-restart"], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [ENVOY, "--mode", "validate", "-c", path, "--disable-hot-restart"], capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,9 @@ def test_every_stream_has_a_route_without_a_time_limit(http_manager: dict[str, A
     routes = http_manager["route_config"]["virtual_hosts"][0]["routes"]
     endless = {route["match"]["path"] for route in routes if "path" in route["match"] and route.get("route", {}).get("timeout") == "0s"}
     streams = {
-        f"/modeltraining.v1.{name.replace('.', '/')}" for name, method in read_methods() if method.server_streaming or method.client_streaming
+        f"/modeltraining.v1.{name.replace('.', '/')}"
+        for name, method in read_methods()
+        if method.server_streaming or method.client_streaming
     }
     assert endless == streams
 

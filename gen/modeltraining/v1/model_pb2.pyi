@@ -216,7 +216,7 @@ class Model(_message.Message):
     state: Global___Model.State.ValueType
     """Where it stands."""
     base_model: _builtins.str
-    """Base model that it was trained from, by hub name. Empty for RAG."""
+    """Base model that it was trained from, or whose generator was; by hub name."""
     technique: Global___Model.Technique.ValueType
     """How the serving version was trained."""
     serving_version: _builtins.int

@@ -1,0 +1,116 @@
+"""InferenceService on the wire: decode, one call, encode."""
+# ruff: noqa: N802  # methods are named as their RPCs are
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from grpc import aio
+from modeltraining.v1 import inference_service_pb2 as pb
+from modeltraining.v1.inference_service_pb2_grpc import InferenceServiceServicer
+
+from server.api.calls import CURRENT_CALL
+from server.api.mappers.generation import (
+    GenerateMessage,
+    delta_to_proto,
+    finished_to_proto,
+    generate_from_proto,
+    generation_to_proto,
+)
+from server.api.mappers.rag import RagMessage, rag_answer_to_proto, rag_event_to_proto, rag_generate_from_proto
+from server.api.mappers.retrieval import retrieve_from_proto, retrieved_to_proto
+from server.api.pacing import HEARTBEAT_SECONDS, beat_while_idle
+from server.domain.generation import Delta, GenerationFinished
+from server.services.inference_service import InferenceService
+from server.services.rag_answers import RagFinished, Sources
+from server.services.requests import Generate, RagGenerate, Retrieve
+from server.services.validation import Violations, check_generation, check_messages, check_retrieval
+
+Context = aio.ServicerContext
+
+
+class InferenceServicer(InferenceServiceServicer):
+    """The use cases of generation and retrieval, for one organization."""
+
+    def __init__(self, service: InferenceService, organization: str, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+        self._service = service
+        self._organization = organization
+        self._heartbeat_seconds = heartbeat_seconds
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context[pb.GenerateRequest, pb.GenerateResponse]) -> pb.GenerateResponse:
+        """Answer as a whole."""
+        wanted = _decode_generate(request)
+        return generation_to_proto(await self._service.generate(self._organization, wanted, CURRENT_CALL.get().call_id))
+
+    async def StreamGenerate(
+        self, request: pb.StreamGenerateRequest, context: Context[pb.StreamGenerateRequest, pb.StreamGenerateResponse]
+    ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+        """Answer piece by piece."""
+        wanted = _decode_generate(request)
+        stream = await self._service.stream_generate(self._organization, wanted, CURRENT_CALL.get().call_id)
+        async with aclosing(beat_while_idle(stream.events, self._heartbeat_seconds)) as events:
+            async for event in events:
+                match event:
+                    case Delta():
+                        yield pb.StreamGenerateResponse(delta=delta_to_proto(event))
+                    case GenerationFinished():
+                        yield pb.StreamGenerateResponse(finished=finished_to_proto(event, stream.model))
+                    case None:
+                        yield pb.StreamGenerateResponse(heartbeat=pb.Heartbeat())
+
+    async def RagGenerate(
+        self, request: pb.RagGenerateRequest, context: Context[pb.RagGenerateRequest, pb.RagGenerateResponse]
+    ) -> pb.RagGenerateResponse:
+        """Answer from documents as a whole."""
+        wanted = _decode_rag_generate(request)
+        return rag_answer_to_proto(await self._service.rag.generate(self._organization, wanted, CURRENT_CALL.get().call_id))
+
+    async def StreamRagGenerate(
+        self, request: pb.StreamRagGenerateRequest, context: Context[pb.StreamRagGenerateRequest, pb.StreamRagGenerateResponse]
+    ) -> AsyncGenerator[pb.StreamRagGenerateResponse, None]:
+        """Answer from documents piece by piece."""
+        wanted = _decode_rag_generate(request)
+        stream = self._service.rag.stream(self._organization, wanted, CURRENT_CALL.get().call_id)
+        async with aclosing(beat_while_idle(stream, self._heartbeat_seconds)) as events:
+            async for event in events:
+                match event:
+                    case Sources() | Delta() | RagFinished():
+                        yield rag_event_to_proto(event)
+                    case None:
+                        yield pb.StreamRagGenerateResponse(heartbeat=pb.Heartbeat())
+
+    async def Retrieve(self, request: pb.RetrieveRequest, context: Context[pb.RetrieveRequest, pb.RetrieveResponse]) -> pb.RetrieveResponse:
+        """Search without generating."""
+        wanted = _decode_retrieve(request)
+        return retrieved_to_proto(await self._service.rag.retrieve(self._organization, wanted))
+
+
+# What decoding finds bad is told together with what the plain checks find: a generation has no trial run.
+
+
+def _decode_generate(request: GenerateMessage) -> Generate:
+    found = Violations()
+    wanted = generate_from_proto(request, found)
+    if found.found:
+        check_messages(found, wanted.messages)
+        check_generation(found, wanted.parameters)
+        found.raise_if_any()
+    return wanted
+
+
+def _decode_rag_generate(request: RagMessage) -> RagGenerate:
+    found = Violations()
+    wanted = rag_generate_from_proto(request, found)
+    if found.found:
+        check_retrieval(found, wanted.retrieval)
+        check_generation(found, wanted.parameters)
+        found.raise_if_any()
+    return wanted
+
+
+def _decode_retrieve(request: pb.RetrieveRequest) -> Retrieve:
+    found = Violations()
+    wanted = retrieve_from_proto(request, found)
+    if found.found:
+        check_retrieval(found, wanted.retrieval)
+        found.raise_if_any()
+    return wanted

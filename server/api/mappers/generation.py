@@ -1,0 +1,118 @@
+"""Generation: what is asked, pieces of text, the whole answer."""
+
+from collections.abc import Iterable, Sequence
+
+from modeltraining.v1 import generation_pb2, inference_service_pb2, message_pb2
+
+from server.api.mappers.values import enum_to_proto
+from server.domain.generation import (
+    ChatMessage,
+    Delta,
+    GenerationFinished,
+    GenerationParameters,
+    ModelReference,
+    PositionLogprobs,
+    Role,
+    Timings,
+    TokenUsage,
+)
+from server.services.inference_service import Generation
+from server.services.requests import Generate
+from server.services.validation import Violations
+
+ROLES = ", ".join(role.value for role in Role)
+
+GenerateMessage = inference_service_pb2.GenerateRequest | inference_service_pb2.StreamGenerateRequest
+FinishReason = inference_service_pb2.GenerateResponse.FinishReason
+
+
+def generate_from_proto(message: GenerateMessage, found: Violations) -> Generate:
+    """Read a generation."""
+    return Generate(
+        model_id=message.model_id,
+        parameters=parameters_from_proto(message.parameters),
+        version=message.version if message.HasField("version") else None,
+        prompt=message.prompt if message.HasField("prompt") else None,
+        messages=messages_from_proto(message.messages, found),
+    )
+
+
+def messages_from_proto(messages: Iterable[message_pb2.Message], found: Violations) -> Sequence[ChatMessage]:
+    """Read a conversation. Notes unknown roles, and takes the one that is due instead, so that the other turns can be checked too."""
+    turns: list[ChatMessage] = []
+    for place, message in enumerate(messages):
+        try:
+            role = Role(message.role)
+        except ValueError:
+            found.add(f"messages[{place}].role", f"must be one of {ROLES}, not {message.role[:40]!r}")
+            role = Role.ASSISTANT if turns and turns[-1].role is Role.USER else Role.USER
+        turns.append(ChatMessage(role, message.content))
+    return turns
+
+
+def parameters_from_proto(message: generation_pb2.GenerationParameters) -> GenerationParameters:
+    """Read sampling parameters; what was left out takes the domain's default."""
+    default = GenerationParameters()
+    return GenerationParameters(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        temperature=message.temperature if message.HasField("temperature") else default.temperature,
+        top_p=message.top_p if message.HasField("top_p") else default.top_p,
+        top_k=message.top_k if message.HasField("top_k") else default.top_k,
+        min_p=message.min_p if message.HasField("min_p") else default.min_p,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else default.repetition_penalty,
+        presence_penalty=message.presence_penalty if message.HasField("presence_penalty") else default.presence_penalty,
+        frequency_penalty=message.frequency_penalty if message.HasField("frequency_penalty") else default.frequency_penalty,
+        stop=tuple(message.stop),
+        seed=message.seed if message.HasField("seed") else None,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def generation_to_proto(generation: Generation) -> inference_service_pb2.GenerateResponse:
+    """Write a whole answer."""
+    return inference_service_pb2.GenerateResponse(
+        text=generation.text,
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", generation.finish_reason),
+        usage=usage_to_proto(generation.usage),
+        model_id=generation.model.model_id,
+        version=generation.model.version,
+        timings=timings_to_proto(generation.timings),
+        logprobs=[logprobs_to_proto(position) for position in generation.logprobs],
+    )
+
+
+def delta_to_proto(delta: Delta) -> inference_service_pb2.Delta:
+    """Write a piece of text."""
+    return inference_service_pb2.Delta(text=delta.text, logprobs=[logprobs_to_proto(position) for position in delta.logprobs])
+
+
+def finished_to_proto(finished: GenerationFinished, model: ModelReference) -> inference_service_pb2.StreamGenerateResponse.Finished:
+    """Write the end of a streamed answer."""
+    return inference_service_pb2.StreamGenerateResponse.Finished(
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", finished.finish_reason),
+        usage=usage_to_proto(finished.usage),
+        model_id=model.model_id,
+        version=model.version,
+        timings=timings_to_proto(finished.timings),
+    )
+
+
+def usage_to_proto(usage: TokenUsage) -> generation_pb2.Usage:
+    """Write token counts."""
+    return generation_pb2.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+
+
+def timings_to_proto(timings: Timings) -> generation_pb2.GenerationTimings:
+    """Write how long a generation took."""
+    return generation_pb2.GenerationTimings(
+        queue_seconds=timings.queue_seconds, first_token_seconds=timings.first_token_seconds, total_seconds=timings.total_seconds
+    )
+
+
+def logprobs_to_proto(position: PositionLogprobs) -> generation_pb2.TokenLogprob:
+    """Write a token with the likeliest ones in its place."""
+    return generation_pb2.TokenLogprob(
+        token=position.chosen.token,
+        logprob=position.chosen.logprob,
+        alternatives=[generation_pb2.TokenLogprob.Alternative(token=item.token, logprob=item.logprob) for item in position.top],
+    )

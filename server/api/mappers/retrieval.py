@@ -1,0 +1,99 @@
+"""Retrieval: settings, chunks, scores and citations."""
+
+from modeltraining.v1 import inference_service_pb2, retrieval_pb2
+
+from server.api.mappers.documents import metadata_to_proto
+from server.api.mappers.values import enum_from_proto, enum_to_proto
+from server.domain.retrieval import Chunking, Citation, RetrievalOverrides, RetrievalSettings, RetrievedChunk, Scores, SearchMode
+from server.services.rag_answers import RetrievalTimings, Retrieved
+from server.services.requests import Retrieve
+from server.services.validation import Violations
+
+# Promised by the contract, not built yet: refused rather than passed over.
+UNBUILT_FIELDS = frozenset({"dense_weight", "lexical_weight", "rerank", "filter"})
+
+
+def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalConfig:
+    """Write the settings that a search uses."""
+    return retrieval_pb2.RetrievalConfig(
+        top_k=settings.top_k,
+        similarity_threshold=settings.similarity_threshold,
+        search_mode=enum_to_proto(retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", settings.search_mode),
+        max_context_tokens=settings.max_context_tokens or None,
+    )
+
+
+def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violations, field: str = "retrieval") -> RetrievalOverrides:
+    """Read the settings that a request sets."""
+    for descriptor, _ in message.ListFields():
+        if descriptor.name in UNBUILT_FIELDS:
+            found.add(f"{field}.{descriptor.name}", "is not available in this version")
+    mode = enum_from_proto(
+        retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", message.search_mode, SearchMode, found, f"{field}.search_mode"
+    )
+    return RetrievalOverrides(
+        top_k=message.top_k if message.HasField("top_k") else None,
+        similarity_threshold=message.similarity_threshold if message.HasField("similarity_threshold") else None,
+        search_mode=mode,
+        max_context_tokens=message.max_context_tokens if message.HasField("max_context_tokens") else None,
+    )
+
+
+def chunking_to_proto(chunking: Chunking) -> retrieval_pb2.ChunkingConfig:
+    """Write how documents are cut; a length of 0 is the embedding model's own and stays unset."""
+    return retrieval_pb2.ChunkingConfig(max_tokens=chunking.max_tokens or None, overlap_tokens=chunking.overlap_tokens)
+
+
+def chunk_to_proto(found: RetrievedChunk) -> retrieval_pb2.RetrievedChunk:
+    """Write a chunk that was found."""
+    return retrieval_pb2.RetrievedChunk(
+        chunk_id=found.chunk.chunk_id,
+        document_id=found.document_id,
+        text=found.chunk.text,
+        title=found.title,
+        page=found.chunk.page,
+        char_start=found.chunk.char_start,
+        char_end=found.chunk.char_end,
+        metadata=metadata_to_proto(found.metadata),
+        scores=scores_to_proto(found.scores),
+    )
+
+
+def scores_to_proto(scores: Scores) -> retrieval_pb2.RetrievedChunk.Scores:
+    """Write scores; those that were not computed stay unset."""
+    return retrieval_pb2.RetrievedChunk.Scores(
+        similarity=scores.similarity, lexical=scores.lexical, fused=scores.fused, rerank=scores.rerank
+    )
+
+
+def citation_to_proto(citation: Citation) -> retrieval_pb2.Citation:
+    """Write a verified citation."""
+    return retrieval_pb2.Citation(
+        document_id=citation.document_id,
+        chunk_id=citation.chunk_id,
+        char_start=citation.char_start,
+        char_end=citation.char_end,
+        page=citation.page,
+        quote=citation.quote,
+    )
+
+
+def timings_to_proto(timings: RetrievalTimings) -> retrieval_pb2.RetrievalTimings:
+    """Write how long a search took."""
+    return retrieval_pb2.RetrievalTimings(
+        embed_seconds=timings.embed_seconds, search_seconds=timings.search_seconds, total_seconds=timings.total_seconds
+    )
+
+
+def retrieve_from_proto(message: inference_service_pb2.RetrieveRequest, found: Violations) -> Retrieve:
+    """Read a search."""
+    return Retrieve(message.model_id, message.query, overrides_from_proto(message.retrieval, found))
+
+
+def retrieved_to_proto(retrieved: Retrieved) -> inference_service_pb2.RetrieveResponse:
+    """Write what a search found."""
+    return inference_service_pb2.RetrieveResponse(
+        chunks=[chunk_to_proto(chunk) for chunk in retrieved.chunks],
+        retrieval=settings_to_proto(retrieved.settings),
+        timings=timings_to_proto(retrieved.timings),
+    )

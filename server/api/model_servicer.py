@@ -1,0 +1,136 @@
+"""ModelService on the wire: decode, one call, encode."""
+# ruff: noqa: N802  # methods are named as their RPCs are
+
+import asyncio
+from dataclasses import replace
+
+from google.protobuf.empty_pb2 import Empty
+from grpc import aio
+from modeltraining.v1 import document_pb2, model_pb2
+from modeltraining.v1 import model_service_pb2 as pb
+from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
+
+from server.api.decoding import page_from_proto, refuse_all_bad
+from server.api.mappers.catalogue import base_model_to_proto, embedding_model_to_proto
+from server.api.mappers.documents import add_documents_from_proto, document_to_proto, list_documents_from_proto
+from server.api.mappers.jobs import job_to_proto
+from server.api.mappers.models import (
+    create_fine_tuned_from_proto,
+    create_rag_from_proto,
+    fine_tuned_to_proto,
+    list_models_from_proto,
+    model_to_proto,
+    rag_created_to_proto,
+    update_model_from_proto,
+)
+from server.services.model_service import ModelService
+from server.services.validation import Violations
+
+Context = aio.ServicerContext
+
+
+class ModelServicer(ModelServiceServicer):
+    """The use cases of models, for one organization."""
+
+    def __init__(self, service: ModelService, organization: str) -> None:
+        self._service = service
+        self._organization = organization
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context[pb.ListModelsRequest, pb.ListModelsResponse]
+    ) -> pb.ListModelsResponse:
+        """List models."""
+        found = Violations()
+        wanted = list_models_from_proto(request, found)
+        found.raise_if_any()
+        listed = await self._service.list_models(self._organization, wanted)
+        return pb.ListModelsResponse(models=[model_to_proto(model) for model in listed.items], next_page_token=listed.next_page_token)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context[pb.GetModelRequest, model_pb2.Model]) -> model_pb2.Model:
+        """Read a model."""
+        return model_to_proto(await self._service.get_model(self._organization, request.model_id))
+
+    async def UpdateModel(
+        self, request: pb.UpdateModelRequest, context: Context[pb.UpdateModelRequest, model_pb2.Model]
+    ) -> model_pb2.Model:
+        """Change a model."""
+        found = Violations()
+        wanted = update_model_from_proto(request, found)
+        found.raise_if_any()
+        return model_to_proto(await self._service.update_model(self._organization, wanted))
+
+    async def DeleteModel(self, request: pb.DeleteModelRequest, context: Context[pb.DeleteModelRequest, Empty]) -> Empty:
+        """Delete a model."""
+        await self._service.delete_model(self._organization, request.model_id)
+        return Empty()
+
+    async def CreateFineTunedModel(
+        self,
+        request: pb.CreateFineTunedModelRequest,
+        context: Context[pb.CreateFineTunedModelRequest, pb.CreateFineTunedModelResponse],
+    ) -> pb.CreateFineTunedModelResponse:
+        """Start a fine-tuning."""
+        found = Violations()
+        wanted = create_fine_tuned_from_proto(request, found)
+        trial = replace(wanted, validate_only=True, request_id="")
+        await refuse_all_bad(found, lambda: self._service.create_fine_tuned_model(self._organization, trial))
+        return fine_tuned_to_proto(await self._service.create_fine_tuned_model(self._organization, wanted))
+
+    async def CreateRagModel(
+        self, request: pb.CreateRagModelRequest, context: Context[pb.CreateRagModelRequest, pb.CreateRagModelResponse]
+    ) -> pb.CreateRagModelResponse:
+        """Make a RAG model."""
+        found = Violations()
+        wanted = create_rag_from_proto(request, found)
+        trial = replace(wanted, validate_only=True, request_id="")
+        await refuse_all_bad(found, lambda: self._service.create_rag_model(self._organization, trial))
+        return rag_created_to_proto(await self._service.create_rag_model(self._organization, wanted))
+
+    async def AddDocuments(
+        self, request: pb.AddDocumentsRequest, context: Context[pb.AddDocumentsRequest, pb.AddDocumentsResponse]
+    ) -> pb.AddDocumentsResponse:
+        """Add documents to a RAG model."""
+        found = Violations()
+        wanted = add_documents_from_proto(request, found)
+        trial = replace(wanted, validate_only=True, request_id="")
+        await refuse_all_bad(found, lambda: self._service.add_documents(self._organization, trial))
+        documents, job = await self._service.add_documents(self._organization, wanted)
+        return pb.AddDocumentsResponse(documents=[document_to_proto(document) for document in documents], training_job=job_to_proto(job))
+
+    async def ListDocuments(
+        self, request: pb.ListDocumentsRequest, context: Context[pb.ListDocumentsRequest, pb.ListDocumentsResponse]
+    ) -> pb.ListDocumentsResponse:
+        """List a RAG model's documents."""
+        found = Violations()
+        wanted = list_documents_from_proto(request, found)
+        found.raise_if_any()
+        listed = await self._service.list_documents(self._organization, wanted)
+        documents = [document_to_proto(document) for document in listed.items]
+        return pb.ListDocumentsResponse(documents=documents, next_page_token=listed.next_page_token)
+
+    async def GetDocument(
+        self, request: pb.GetDocumentRequest, context: Context[pb.GetDocumentRequest, document_pb2.Document]
+    ) -> document_pb2.Document:
+        """Read a document."""
+        return document_to_proto(await self._service.get_document(self._organization, request.model_id, request.document_id))
+
+    async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context[pb.DeleteDocumentRequest, Empty]) -> Empty:
+        """Delete a document."""
+        await self._service.delete_document(self._organization, request.model_id, request.document_id)
+        return Empty()
+
+    async def ListBaseModels(
+        self, request: pb.ListBaseModelsRequest, context: Context[pb.ListBaseModelsRequest, pb.ListBaseModelsResponse]
+    ) -> pb.ListBaseModelsResponse:
+        """List the catalogue's base models. In a thread: it looks at the disk."""
+        listed = await asyncio.to_thread(self._service.list_base_models, page_from_proto(request))
+        models = [base_model_to_proto(model, is_present) for model, is_present in listed.items]
+        return pb.ListBaseModelsResponse(base_models=models, next_page_token=listed.next_page_token)
+
+    async def ListEmbeddingModels(
+        self, request: pb.ListEmbeddingModelsRequest, context: Context[pb.ListEmbeddingModelsRequest, pb.ListEmbeddingModelsResponse]
+    ) -> pb.ListEmbeddingModelsResponse:
+        """List the catalogue's embedding models. In a thread: it looks at the disk."""
+        listed = await asyncio.to_thread(self._service.list_embedding_models, page_from_proto(request))
+        models = [embedding_model_to_proto(model, is_present) for model, is_present in listed.items]
+        return pb.ListEmbeddingModelsResponse(embedding_models=models, next_page_token=listed.next_page_token)
