@@ -50,6 +50,7 @@ class Relay:
         self._document_count = document_count
         self._pending: list[LoggedPayload] = []
         self._last_evaluation: Evaluated | None = None
+        self._is_finalizing = False
 
     async def run(self, events: AsyncIterator[Sequence[ChildEvent]]) -> ResultReady | Failed | None:
         """Relay until the child says how it ended; None when it ended without a word. Raises LeaseLost."""
@@ -57,6 +58,7 @@ class Relay:
             for event in batch:
                 if isinstance(event, ResultReady | Failed):
                     await self._flush()
+                    await self._begin_finalizing(event)
                     return event
                 await self._take(event)
             # What came together is written together: while one write runs, the next batch gathers in the pipe.
@@ -78,7 +80,7 @@ class Relay:
             case DocumentIndexed():
                 await self._commit_document(event)
             case Finalizing():
-                await self._change_state(JobState.FINALIZING, "The result is being written and tried.")
+                await self._begin_finalizing(event)
             case _:
                 raise ValueError(f"unexpected {type(event).__name__}")
 
@@ -86,6 +88,11 @@ class Relay:
         if self._pending:
             payloads, self._pending = self._pending, []
             await persist(lambda: self._queue.append(self._lease, payloads))
+
+    async def _begin_finalizing(self, event: ChildEvent) -> None:
+        if not self._is_finalizing and not isinstance(event, Failed):
+            self._is_finalizing = True
+            await self._change_state(JobState.FINALIZING, "The result is being written and tried.")
 
     async def _change_state(self, state: JobState, reason: str) -> None:
         await self._flush()

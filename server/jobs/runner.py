@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.childprocess import explain_failure
-from server.domain.errors import ErrorData, LeaseLost, Unavailable
+from server.domain.errors import ErrorData, FailedPrecondition, InvalidInput, LeaseLost, Unavailable
 from server.domain.events import Failed, ResultReady
-from server.domain.jobs import TERMINAL_STATES, JobState
+from server.domain.jobs import TERMINAL_STATES, FailureReason, JobState
 from server.domain.orders import IndexOrder
+from server.domain.specs import IndexSpec
 from server.jobs.execution import Execution, RunningWork
 from server.jobs.files import JobFiles
 from server.jobs.relay import Relay, persist
@@ -98,6 +99,11 @@ class JobRunner:
             return await self._execute(held)
         except (LeaseLost, asyncio.CancelledError):
             raise
+        except (InvalidInput, FailedPrecondition) as error:
+            # What the child made cannot be stored, and will not be the next time either.
+            return Failed(
+                FailureReason.DOCUMENTS_INVALID if isinstance(held.claim.job.spec, IndexSpec) else FailureReason.INTERNAL, str(error)
+            )
         except Exception as error:
             failure = explain_failure(error)
             if failure is not None:
