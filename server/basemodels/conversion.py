@@ -97,7 +97,7 @@ def _write_converted(gguf: Path, directory: Path, base_model: str) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config._name_or_path = base_model
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(directory)

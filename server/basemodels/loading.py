@@ -53,7 +53,7 @@ def load_causal_model(
         ) from error
     assert isinstance(model, PreTrainedModel)
     model.to(device)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only
-    model.eval()
+    model.train(False)
     return model
 
 

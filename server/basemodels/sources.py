@@ -159,10 +159,10 @@ class BaseModelSource:
                 snapshot_download(
                     name,
                     cache_dir=self._hub_path,
-                    endpoint=self._hub_endpoint,
                     allow_patterns=HUB_FILES,
                     ignore_patterns=HUB_FILES_REFUSED,
                     token=self._hub_token or False,
+                    endpoint=self._hub_endpoint,
                     local_files_only=self._offline,
                     etag_timeout=HUB_TIMEOUT_SECONDS,
                 )

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from tempfile import mkdtemp
 
 from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted
 
@@ -19,7 +18,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
 HASH_BLOCK_BYTES = 1 << 20
 DIRECTORY_MODE = 0o750
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".partial"  # what a killed writer leaves; whoever clears up knows it by this
 # Kept free beside what a writer asked for: the database and the logs often share the disk.
 RESERVE_BYTES = 64 << 20
 
@@ -73,7 +72,7 @@ class ArtefactStore:
         """
         target = self.locate(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(mkdtemp(prefix=f".{target.name}-", suffix=PARTIAL_SUFFIX, dir=target.parent))
+        aside = _make_empty(target.with_name(target.name + PARTIAL_SUFFIX))
         try:
             description = fill(aside)
             _write_manifest(aside, _seal_files(aside), description)
@@ -117,7 +116,7 @@ class ArtefactStore:
         target = self.locate(path)
         if not target.exists():
             return
-        aside = Path(mkdtemp(prefix=f".{target.name}-", suffix=PARTIAL_SUFFIX, dir=target.parent))
+        aside = _make_empty(target.with_name(target.name + PARTIAL_SUFFIX))
         target.rename(aside / target.name)
         shutil.rmtree(aside)
 
@@ -138,6 +137,12 @@ class ArtefactStore:
         if not plain or not located.resolve().is_relative_to(self._root.resolve()):
             raise InvalidInput.field("path", "is no path inside the storage")
         return located
+
+
+def _make_empty(directory: Path) -> Path:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    return directory
 
 
 def _check_file(file: Path, name: str, seal: FileSeal) -> None:

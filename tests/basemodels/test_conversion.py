@@ -65,9 +65,13 @@ class TestConvertedSmolLM2:
 
 
 def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="power cut"), written_aside(tmp_path / "model") as aside:
-        (aside / "config.json").write_text("{}")
-        raise RuntimeError("power cut")
+    def break_off() -> None:
+        with written_aside(tmp_path / "model") as aside:
+            (aside / "config.json").write_text("{}")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        break_off()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,97 @@
+"""What several training tests start from: a tiny model's source, a dataset file and an order."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from server.basemodels.sources import BaseModelSource
+from server.domain.events import ChildEvent
+from server.domain.orders import FineTuneOrder
+from server.domain.specs import FineTuneSpec, LoraTechnique, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.storage.artefacts import ArtefactStore
+from server.training.run import run_fine_tune
+from tests.tiny_models import build_tiny_causal_model
+
+PLACES = ("river", "bridge", "blue house", "old town", "map room", "harbour of the north", "field", "gate")
+
+
+def make_records(count: int) -> list[dict[str, object]]:
+    """Make chat records of different lengths."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Who keeps the {PLACES[number % len(PLACES)]} number {number}?"},
+                {"role": "assistant", "content": "The keeper" + " of the maps" * (number % 5) + f" keeps {number}."},
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def write_records(path: Path, records: Sequence[object]) -> Path:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def make_parameters() -> TrainingParameters:
+    """Give small, complete parameters: 6 steps of 4 records."""
+    return TrainingParameters(
+        epochs=1.0,
+        max_steps=6,
+        batch_size=4,
+        learning_rate=1e-2,
+        scheduler=Scheduler.COSINE,
+        warmup_steps=1,
+        weight_decay=0.01,
+        max_gradient_norm=1.0,
+        max_sequence_tokens=256,
+        overlong_policy=OverlongPolicy.REJECT,
+        loss_on=LossOn.ASSISTANT,
+        seed=7,
+        evaluate_every_steps=3,
+        checkpoint_every_steps=2,
+    )
+
+
+@dataclass(slots=True)
+class Workplace:
+    """A storage root with a dataset and a tiny base model."""
+
+    root: Path
+    order: FineTuneOrder
+
+    @classmethod
+    def build(cls, root: Path, *, family: str = "llama", records: Sequence[object] | None = None) -> "Workplace":
+        """Set up files and an order over them."""
+        base = build_tiny_causal_model(root / "models" / family, family)
+        write_records(root / "storage" / "default/datasets/ds_1.jsonl", make_records(20) if records is None else records)
+        technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
+        spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
+        order = FineTuneOrder("job_1", 1, spec, "default/datasets/ds_1.jsonl", "default/jobs/job_1", "default/models/mdl_1/job_1-1")
+        return cls(root, order)
+
+    @property
+    def store(self) -> ArtefactStore:
+        """The artefacts of this workplace."""
+        return ArtefactStore(self.root / "storage")
+
+    def change(self, **parameters: object) -> None:
+        """Change training parameters of the order."""
+        changed = replace(self.order.spec.parameters, **parameters)  # type: ignore[arg-type]  # names are checked by replace
+        self.order = replace(self.order, spec=replace(self.order.spec, parameters=changed))
+
+    def train(self, should_stop: Callable[[], bool] = lambda: False, emit: Callable[[ChildEvent], None] | None = None) -> list[ChildEvent]:
+        """Do the order; give the events."""
+        events: list[ChildEvent] = []
+
+        def take(event: ChildEvent) -> None:
+            events.append(event)
+            if emit is not None:
+                emit(event)
+
+        source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.root / "models"], offline=True)
+        run_fine_tune(self.order, self.store, source, take, should_stop)
+        return events
