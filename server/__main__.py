@@ -20,11 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m server", description="The Model Training Service.")
     roles = parser.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, description in ROLES.items():
-        options = roles.add_parser(role, help=description)
+        role_parser = roles.add_parser(role, help=description)
         if role in ("train", "index"):
-            options.add_argument("--events-fd", type=int, required=True, help="descriptor that events are written to")
+            role_parser.add_argument("--events-fd", type=int, required=True, help="descriptor that events are written to")
         elif role in ("api", "worker", "engine"):
-            options.add_argument("--ready-fd", type=int, help="descriptor that is told when the role is ready")
+            role_parser.add_argument("--ready-fd", type=int, help="descriptor that is told when the role is ready")
     options = parser.parse_args(arguments)
     # Before grpc is imported: children are started by exec, and its fork handlers can hang.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"The configuration makes no sense:\n{error}", file=sys.stderr)
         return 2
 
-    from server import app
+    from server.app import run
 
-    return app.run(options.role, settings, events_fd=getattr(options, "events_fd", None), ready_fd=getattr(options, "ready_fd", None))
+    return run(options.role, settings, events_fd=getattr(options, "events_fd", None), ready_fd=getattr(options, "ready_fd", None))
 
 
 if __name__ == "__main__":

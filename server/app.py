@@ -1,4 +1,7 @@
-"""The composition root: builds each role from its parts. The one module that knows every concrete class; imports a role's parts only in that role."""
+"""The composition root: builds each role from its parts, and imports a role's parts in that role only.
+
+The one module that knows every concrete class.
+"""
 
 import asyncio
 import json
@@ -6,14 +9,24 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS
+from server.domain.generation import EmbedRole
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.basemodels.sources import BaseModelSource
+    from server.childprocess import Emit, ShouldStop
+    from server.domain.orders import Order
+    from server.rag.embedding import Embedder
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
+STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
+# Every row carries its organization; until callers are told apart there is this one.
+ORGANIZATION = "default"
 
 
 def run(role: str, settings: Settings, *, events_fd: int | None, ready_fd: int | None) -> int:
@@ -49,7 +62,7 @@ async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, Non
 
 
 async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
-    from server.api.server import ApiServer
+    from server.api.server import ApiServer, Services
     from server.childprocess import announce_ready
     from server.db.database import PostgresDatabase
     from server.db.feed import PostgresJobFeed
@@ -74,14 +87,17 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
     fine_tuning = FineTuning(database, datasets, base_models, defaults)
     references = References(database, base_models)
-    server = ApiServer(
+    services = Services(
         models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
         training=TrainingService(database, feed, datasets),
         inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
-        address=f"{settings.bind_address}:{settings.grpc_port}",
     )
+    server = ApiServer(services, ORGANIZATION, f"{settings.bind_address}:{settings.grpc_port}")
     try:
-        await server.serve(stop, on_ready=lambda: announce_ready(ready_fd))
+        await server.start()
+        announce_ready(ready_fd)
+        await stop.wait()
+        await server.stop(STOP_GRACE_SECONDS)
     finally:
         await engine.close()
         await feed.close()
@@ -131,25 +147,36 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     engine = EmbeddedEngine(
         base_models=source,
         resolve_adapter=lambda model: store.open(model.adapter_path or "", model.manifest_sha256).directory,
-        embedder=Embedder(lambda name: source.resolve(name).directory),
+        embedder=_Listing(Embedder(lambda name: source.resolve(name).directory)),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
     )
     await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
 
 
+class _Listing:
+    """Gives the vectors of the rag room's embedder as the lists that cross the engine's socket."""
+
+    def __init__(self, embedder: "Embedder") -> None:
+        self._embedder = embedder
+
+    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> list[list[float]]:
+        """Embed to unit vectors, one per text."""
+        return cast("list[list[float]]", self._embedder.embed(embedding_model, texts, role).tolist())
+
+
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     import torch
 
     from server.childprocess import run_child
-    from server.domain.orders import FineTuneOrder, IndexOrder, Order
+    from server.domain.orders import FineTuneOrder, IndexOrder
     from server.storage.artefacts import ArtefactStore
 
     if settings.torch_threads:
         torch.set_num_threads(settings.torch_threads)
     source = _make_source(settings)
 
-    def work(order: Order, emit: Any, should_stop: Callable[[], bool]) -> None:
+    def work(order: "Order", emit: "Emit", should_stop: "ShouldStop") -> None:
         if isinstance(order, FineTuneOrder) and role == "train":
             from server.training.run import run_fine_tune
 
@@ -165,13 +192,13 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     return run_child(work, events_fd)
 
 
-def _make_source(settings: Settings) -> Any:
+def _make_source(settings: Settings) -> "BaseModelSource":
     from server.basemodels.sources import BaseModelSource
 
     return BaseModelSource(
         settings.cache_path,
         allowed_local_roots=settings.local_models_paths,
-        aliases={alias: name for alias, name in _list_aliases()},
+        aliases=dict(_list_aliases()),
         hub_token=settings.hub_token,
         hub_endpoint=settings.hub_endpoint,
     )

@@ -117,13 +117,15 @@ def _judge(error: BaseException, call: Call, context: Context) -> status_pb2.Sta
     """Give the status for what was raised; raises it again where nobody is there to be told."""
     if isinstance(error, ServiceError):
         return status_from_error(error)
-    if isinstance(error, GeneratorExit) or (isinstance(error, asyncio.CancelledError) and context.cancelled()):
-        # The client went away. Swallowing this would keep the call's memory.
+    task = asyncio.current_task()
+    if isinstance(error, GeneratorExit) or (isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling()):
+        # gRPC cancelled the task: the client went away, or the server stops and has told it. Swallowing this would keep the call's
+        # memory. (`context.cancelled()` is False here in grpcio 1.85: it cannot tell.)
         call.log(grpc.StatusCode.CANCELLED)
         raise error
     if isinstance(error, asyncio.CancelledError):
-        # Not the client's doing: without a status it would wait for ever.
-        return status_from_error(make_stopping_error())
+        # Something inside was cancelled, not the call: without a status the client would wait for ever.
+        return status_from_error(Unavailable("The call was interrupted. Try again.", reason="CALL_INTERRUPTED"))
     if isinstance(error, aio.AbortError) or not isinstance(error, Exception):
         # A status was sent already, or the process ends.
         call.log(grpc.StatusCode.UNKNOWN)
@@ -131,11 +133,6 @@ def _judge(error: BaseException, call: Call, context: Context) -> status_pb2.Sta
     call.incident_id = uuid.uuid4().hex
     logger.error("incident %s in %s, call %s", call.incident_id, call.method, call.call_id, exc_info=error)
     return status_from_incident(call.incident_id)
-
-
-def make_stopping_error() -> Unavailable:
-    """Make the error of a call that the server ends because it stops."""
-    return Unavailable("The server is stopping. Connect again.", reason="SERVER_STOPPING", retry_after_seconds=1.0)
 
 
 async def _abort(context: Context, call: Call, status: status_pb2.Status) -> None:

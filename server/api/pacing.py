@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TypeVar
 
-from server.api.boundary import make_stopping_error
+from server.domain.errors import Unavailable
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ async def end_when_set(events: AsyncIterator[T], stop: asyncio.Event) -> AsyncGe
             except StopAsyncIteration:
                 return
             yield event
-        raise make_stopping_error()
+        raise Unavailable("The server is stopping. Connect again.", reason="SERVER_STOPPING", retry_after_seconds=1.0)
     finally:
         waiting.cancel()
         await _close(events, pending)

@@ -1,4 +1,6 @@
-"""The models that this service promises, with what each one needs to be used well. Facts only: whether one can be loaded here is known elsewhere.
+"""The models that this service promises, with what each one needs to be used well. Facts only.
+
+Whether one can be loaded here is known elsewhere.
 
 Weight counts were computed from the published configurations on torch's meta device; licences and gates are those of the hub's model cards.
 """
@@ -53,7 +55,8 @@ class Preparation(StrEnum):
 PREPARATION_SENTENCES = {
     Preparation.NONE: "",
     Preparation.ARABERT_V02: (
-        "HTML entities resolved, diacritics and tatweel removed, Arabic-Indic digits to ASCII, spaces around punctuation and between digits and letters."
+        "HTML entities resolved, diacritics and tatweel removed, Arabic-Indic digits to ASCII, "
+        "spaces around punctuation and between digits and letters."
     ),
     Preparation.UNDIACRITIZED: "Diacritics and tatweel removed.",
     Preparation.FARASA: "Segmented into morphemes by Farasa.",

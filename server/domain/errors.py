@@ -147,9 +147,17 @@ class LeaseLost(ServiceError):
 ERROR_CLASSES: Mapping[str, type[ServiceError]] = {
     cls.code: cls
     for cls in (
-        InvalidInput, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted, Unavailable, DeadlineExceeded, Unimplemented, LeaseLost
+        InvalidInput,
+        NotFound,
+        AlreadyExists,
+        FailedPrecondition,
+        ResourceExhausted,
+        Unavailable,
+        DeadlineExceeded,
+        Unimplemented,
+        LeaseLost,
     )
-}  # fmt: skip
+}
 
 
 def error_from_data(data: ErrorData) -> ServiceError:
