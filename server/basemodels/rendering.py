@@ -157,7 +157,7 @@ def _close_turn(tokenizer: PreTrainedTokenizerBase, turn: str) -> str:
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], add_generation_prompt: bool) -> str:
     template = effective_template(tokenizer)
-    start = _default_bos(tokenizer) if template is FALLBACK_TEMPLATE else ""
+    start = _default_bos(tokenizer) if template == FALLBACK_TEMPLATE else ""
     plain = [{"role": message.role.value, "content": message.content} for message in messages]
     try:
         # transformers runs the template in jinja's immutable sandbox.

@@ -64,10 +64,10 @@ class Workplace:
     order: FineTuneOrder
 
     @classmethod
-    def build(cls, root: Path, *, family: str = "llama", records: Sequence[object] | None = None) -> "Workplace":
+    def build(cls, root: Path, *, family: str = "llama", chat_template: bool = True) -> "Workplace":
         """Set up files and an order over them."""
-        base = build_tiny_causal_model(root / "models" / family, family)
-        write_records(root / "storage" / "default/datasets/ds_1.jsonl", make_records(20) if records is None else records)
+        base = build_tiny_causal_model(root / "models" / family, family, chat_template)
+        write_records(root / "storage" / "default/datasets/ds_1.jsonl", make_records(20))
         technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
         spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
         order = FineTuneOrder("job_1", 1, spec, "default/datasets/ds_1.jsonl", "default/jobs/job_1", "default/models/mdl_1/job_1-1")
