@@ -78,7 +78,7 @@ def _guard_answer(method: str, handle: Unary) -> Unary:
         try:
             response = await handle(request, context)
         except BaseException as error:
-            await _abort(context, call, _judge(error, call, context))
+            await _abort(context, call, _judge(error, call))
             raise
         call.messages_sent = 1
         call.log(grpc.StatusCode.OK)
@@ -96,7 +96,7 @@ def _guard_stream(method: str, handle: Streaming, in_band: StatusMessage | None)
                     yield response
                     call.messages_sent += 1
         except BaseException as error:
-            status = _judge(error, call, context)
+            status = _judge(error, call)
             # Behind a proxy that speaks HTTP/1.1 a status after the first message is lost: say it in the stream as well.
             if call.messages_sent and in_band:
                 yield in_band(status)
@@ -113,7 +113,7 @@ def _begin(method: str, context: Context) -> Call:
     return call
 
 
-def _judge(error: BaseException, call: Call, context: Context) -> status_pb2.Status:
+def _judge(error: BaseException, call: Call) -> status_pb2.Status:
     """Give the status for what was raised; raises it again where nobody is there to be told."""
     if isinstance(error, ServiceError):
         return status_from_error(error)

@@ -1,0 +1,268 @@
+"""What comes in and what goes out: nothing is lost, nothing left out is invented, nothing that is not built yet passes silently."""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta, timezone
+from enum import StrEnum
+from typing import Any, get_args
+
+import pytest
+from google.protobuf import json_format
+from modeltraining.v1 import (
+    dataset_pb2,
+    document_pb2,
+    embedding_model_pb2,
+    fine_tuning_pb2,
+    generation_pb2,
+    inference_service_pb2,
+    message_pb2,
+    model_pb2,
+    model_service_pb2,
+    retrieval_pb2,
+    training_job_pb2,
+    training_service_pb2,
+)
+
+from server.api.mappers import catalogue, datasets, documents, events, fine_tuning, generation, jobs, models, rag, retrieval
+from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
+from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS, Pooling
+from server.domain.datasets import DatasetFormat, RecordKind
+from server.domain.documents import DocumentState
+from server.domain.errors import ErrorData
+from server.domain.events import (
+    CheckpointSaved,
+    Evaluated,
+    IndexProgress,
+    JobEvent,
+    LoggedPayload,
+    Started,
+    StateChanged,
+    StepDone,
+    Warned,
+)
+from server.domain.generation import FinishReason, GenerationParameters, Role
+from server.domain.jobs import JobKind, JobState
+from server.domain.models import ModelState, ModelType
+from server.domain.records import parse_record
+from server.domain.retrieval import MetadataValue, RetrievalOverrides, SearchMode
+from server.domain.specs import LoraTechnique, LossOn, OverlongPolicy, ParametersRequest, Scheduler
+from server.services.training_service import Finished, Heartbeat, Snapshot, WatchItem
+from server.services.validation import Violations
+from tests.api.samples import DOCUMENT, FINE_TUNE, INDEX, JOB, MODEL, RAG_ANSWER, RAG_MODEL, TIME
+
+Parameters = fine_tuning_pb2.TrainingParameters
+ENUMS: Sequence[tuple[Any, str, type[StrEnum]]] = [
+    (training_job_pb2.TrainingJob.State, "STATE", JobState),
+    (training_job_pb2.TrainingJob.Kind, "KIND", JobKind),
+    (model_pb2.Model.State, "STATE", ModelState),
+    (model_pb2.Model.Type, "TYPE", ModelType),
+    (document_pb2.Document.State, "STATE", DocumentState),
+    (dataset_pb2.Dataset.Format, "FORMAT", DatasetFormat),
+    (dataset_pb2.Dataset.RecordKind, "RECORD_KIND", RecordKind),
+    (retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", SearchMode),
+    (Parameters.Scheduler, "SCHEDULER", Scheduler),
+    (Parameters.OverlongPolicy, "OVERLONG_POLICY", OverlongPolicy),
+    (Parameters.LossOn, "LOSS_ON", LossOn),
+    (inference_service_pb2.GenerateResponse.FinishReason, "FINISH_REASON", FinishReason),
+    (embedding_model_pb2.EmbeddingModel.Pooling, "POOLING", Pooling),
+]
+
+
+def named(found: Violations) -> list[str]:
+    return [violation.field for violation in found.found]
+
+
+@pytest.mark.parametrize(("kind", "prefix", "member"), ENUMS)
+def test_every_value_of_an_enum_goes_out_and_comes_back(kind: Any, prefix: str, member: type[StrEnum]) -> None:
+    found = Violations()
+    for value in member:
+        assert enum_from_proto(kind, prefix, enum_to_proto(kind, prefix, value), member, found, "x") is value
+    assert enum_from_proto(kind, prefix, 0, member, found, "x") is None
+    assert named(found) == []
+
+
+def test_an_unknown_or_unbuilt_value_is_named() -> None:
+    found = Violations()
+    enum_from_proto(training_job_pb2.TrainingJob.State, "STATE", training_job_pb2.TrainingJob.State.ValueType(99), JobState, found, "state")
+    enum_from_proto(dataset_pb2.Dataset.Format, "FORMAT", dataset_pb2.Dataset.FORMAT_PARQUET, DatasetFormat, found, "format")
+    assert named(found) == ["state", "format"]
+
+
+def test_a_time_is_written_in_utc() -> None:
+    stamp = time_to_proto(datetime(2026, 1, 1, 3, tzinfo=timezone(timedelta(hours=3))))
+    assert stamp is not None
+    assert stamp.ToJsonString() == "2026-01-01T00:00:00Z"
+    assert time_to_proto(None) is None
+
+
+def test_what_a_caller_left_out_stays_left_out() -> None:
+    found = Violations()
+    empty = models.create_fine_tuned_from_proto(model_service_pb2.CreateFineTunedModelRequest(), found)
+    assert (empty.technique, empty.parameters, empty.eval_fraction) == (None, ParametersRequest(), None)
+    assert retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(), found) == RetrievalOverrides()
+    generate = generation.generate_from_proto(inference_service_pb2.GenerateRequest(), found)
+    assert (generate.prompt, generate.version, generate.parameters) == (None, None, GenerationParameters())
+    update = models.update_model_from_proto(model_service_pb2.UpdateModelRequest(), found)
+    assert (update.display_name, update.description, update.retrieval) == (None, None, None)
+    listed = jobs.list_jobs_from_proto(training_service_pb2.ListTrainingJobsRequest(), found)
+    assert (listed.where.state, listed.where.kind, listed.where.model_id, listed.page.page_size) == (None, None, None, None)
+    assert named(found) == []
+
+
+def test_zero_is_not_the_same_as_left_out() -> None:
+    zeros = generation_pb2.GenerationParameters(temperature=0, top_p=0, max_tokens=0, seed=0, logprobs=0)
+    parameters = generation.parameters_from_proto(zeros)
+    assert (parameters.temperature, parameters.top_p, parameters.max_tokens, parameters.seed, parameters.logprobs) == (0, 0, 0, 0, 0)
+    asked = fine_tuning.parameters_from_proto(Parameters(epochs=0, warmup_ratio=0, seed=0), Violations())
+    assert asked == ParametersRequest(epochs=0, warmup_ratio=0, seed=0)
+
+
+def test_what_is_not_built_yet_is_refused_by_name() -> None:
+    found = Violations()
+    request = json_format.ParseDict(
+        {
+            "qlora": {},
+            "parameters": {"packing": True, "early_stopping": {}, "loss_on": "LOSS_ON_ALL", "overlong_policy": "OVERLONG_POLICY_SPLIT"},
+        },
+        model_service_pb2.CreateFineTunedModelRequest(),
+    )
+    models.create_fine_tuned_from_proto(request, found)
+    assert sorted(named(found)) == sorted(
+        ["qlora", "parameters.packing", "parameters.early_stopping", "parameters.loss_on", "parameters.overlong_policy"]
+    )
+    found = Violations()
+    config = retrieval_pb2.RetrievalConfig(
+        dense_weight=0.5, lexical_weight=0.5, rerank=retrieval_pb2.RetrievalConfig.Rerank(), filter=retrieval_pb2.MetadataFilter()
+    )
+    retrieval.overrides_from_proto(config, found)
+    assert sorted(named(found)) == ["retrieval.dense_weight", "retrieval.filter", "retrieval.lexical_weight", "retrieval.rerank"]
+
+
+def test_the_effective_configuration_reads_back_as_what_was_resolved() -> None:
+    config = fine_tuning.fine_tune_to_proto(FINE_TUNE)
+    assert fine_tuning.lora_from_proto(config.lora) == FINE_TUNE.technique
+    asked = fine_tuning.parameters_from_proto(config.parameters, Violations())
+    resolved = FINE_TUNE.parameters
+    assert (asked.epochs, asked.batch_size, asked.learning_rate, asked.scheduler) == (
+        resolved.epochs, resolved.batch_size, resolved.learning_rate, resolved.scheduler,
+    )  # fmt: skip
+    assert (asked.warmup_steps, asked.evaluate_every_steps, asked.checkpoint_every_steps, asked.seed) == (
+        resolved.warmup_steps, resolved.evaluate_every_steps, resolved.checkpoint_every_steps, resolved.seed,
+    )  # fmt: skip
+    assert fine_tuning.lora_from_proto(fine_tuning.lora_to_proto(LoraTechnique(8, 4.0, 0.1, ("q_proj",)))) == LoraTechnique(
+        8, 4.0, 0.1, ("q_proj",)
+    )
+
+
+def test_unknown_roles_are_named_and_do_not_hide_other_turns() -> None:
+    found = Violations()
+    said = [("boss", "a"), ("Assistant", "b"), ("user", "c")]
+    messages = [message_pb2.Message(role=role, content=content) for role, content in said]
+    turns = generation.messages_from_proto(messages, found)
+    assert named(found) == ["messages[0].role", "messages[1].role"]
+    assert [turn.role for turn in turns] == [Role.USER, Role.ASSISTANT, Role.USER]
+
+
+def test_inline_records_are_the_lines_of_a_dataset() -> None:
+    turns = [message_pb2.Message(role="user", content="a"), message_pb2.Message(role="assistant", content="b")]
+    records = [message_pb2.TrainingRecord(prompt="؟", completion="نعم"), message_pb2.TrainingRecord(messages=turns)]
+    request = model_service_pb2.CreateFineTunedModelRequest(inline_records=records)
+    lines = models.create_fine_tuned_from_proto(request, Violations()).inline_records
+    assert [parse_record(line).is_completion for line in lines] == [True, False]
+    assert json.loads(models.record_to_line(message_pb2.TrainingRecord(prompt=""))) == {"prompt": ""}
+
+
+def test_metadata_goes_out_and_comes_back() -> None:
+    found = Violations()
+    metadata: dict[str, MetadataValue] = {"language": "ar", "year": 2026, "score": 0.5, "public": True}
+    back = documents.metadata_from_proto(documents.metadata_to_proto(metadata), found, "metadata")
+    assert back == metadata
+    assert isinstance(back["year"], int)
+    struct = documents.metadata_to_proto({})
+    struct.update({"list": [1], "object": {}, "null": None})
+    documents.metadata_from_proto(struct, found, "metadata")
+    assert sorted(named(found)) == ["metadata['list']", "metadata['null']", "metadata['object']"]
+
+
+def test_a_job_is_written_whole() -> None:
+    config = json_format.MessageToDict(fine_tuning.fine_tune_to_proto(FINE_TUNE), preserving_proto_field_name=True)
+    assert json_format.MessageToDict(jobs.job_to_proto(JOB), preserving_proto_field_name=True) == {
+        "job_id": "job_1", "kind": "KIND_FINE_TUNE", "model_id": "mdl_1", "state": "STATE_FAILED", "state_reason": "OUT_OF_MEMORY",
+        "error": {"code": 9, "message": "No memory.", "details": [
+            {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "OUT_OF_MEMORY", "domain": "modeltraining",
+             "metadata": {"suggestion": "smaller"}},
+            {"@type": "type.googleapis.com/google.rpc.PreconditionFailure",
+             "violations": [{"type": "OUT_OF_MEMORY", "subject": "smaller", "description": "No memory."}]},
+        ]},
+        "progress": {"step": 5, "total_steps": 10, "epoch": 0.5, "fraction": 0.5, "tokens": 5000.0, "tokens_per_second": 250.0,
+                     "eta_seconds": 20.0, "loss": 1.5},
+        "best": {"step": 4, "eval_loss": 1.25}, "attempt": 2, "last_sequence": 7,
+        "effective_config": {"fine_tune": config},
+        "usage": {"compute_seconds": 3.0, "peak_memory_bytes": 100.0, "tokens": 5000.0, "artifact_bytes": 10.0},
+        "create_time": "2026-11-23T00:00:00Z", "start_time": "2026-11-23T00:00:00Z", "update_time": "2026-11-23T00:00:00Z",
+    }  # fmt: skip
+    assert jobs.spec_to_proto(INDEX).rag_index.embedding_model == INDEX.embedding_model
+
+
+def test_models_and_documents_are_written_whole() -> None:
+    tuned, answering = models.model_to_proto(MODEL), models.model_to_proto(RAG_MODEL)
+    assert (tuned.technique, tuned.serving_version, dict(tuned.labels)) == (model_pb2.Model.TECHNIQUE_LORA, 1, {"team": "a"})
+    assert not tuned.HasField("rag")
+    assert (answering.rag.retrieval.top_k, answering.rag.document_count, answering.rag.chunk_count) == (5, 3, 12)
+    assert answering.error.message == "It failed."
+    assert not answering.HasField("serving_version")
+    written = documents.document_to_proto(DOCUMENT)
+    assert (written.state, written.error.message, written.metadata["year"]) == (document_pb2.Document.STATE_FAILED, "Empty.", 2026)
+
+
+PAYLOADS: Sequence[tuple[LoggedPayload, str]] = [
+    (StateChanged(JobState.FAILED, "x", ErrorData("INTERNAL", "X", "x"), JobState.RUNNING), "state_changed"),
+    (Started(10, 2, 8, 2, 100, 1_000), "started"),
+    (StepDone(1, 10, 0.1, 2.0, 1e-3, 0.5, 100, 50, 250.0, 9.0, 10**9), "step"),
+    (Evaluated(5, 1.5, 100, 2, 0.1, best=True), "evaluation"),
+    (CheckpointSaved(5, "default/jobs/secret/path", 10), "checkpoint"),
+    (Warned("RECORDS_DROPPED", "Two."), "warning"),
+    (IndexProgress("doc_1", 1, 2, 3, "bad"), "document_indexed"),
+]
+
+
+def test_every_kind_of_event_has_a_case() -> None:
+    assert {type(payload) for payload, _ in PAYLOADS} == set(get_args(LoggedPayload))
+
+
+@pytest.mark.parametrize(("payload", "field"), PAYLOADS)
+def test_an_event_is_written_with_its_number(payload: LoggedPayload, field: str) -> None:
+    event = events.watch_item_to_proto("job_1", JobEvent(7, TIME, 2, payload))
+    assert (event.WhichOneof("payload"), event.sequence, event.attempt, event.job_id) == (field, 7, 2, "job_1")
+    assert event.time.ToDatetime(UTC) == TIME
+    assert "secret" not in str(event)
+
+
+def test_what_is_not_stored_has_no_number() -> None:
+    items: list[WatchItem] = [Snapshot(JOB), Heartbeat("job_1", 7), Finished(JOB)]
+    written = [events.watch_item_to_proto("job_1", item) for item in items]
+    assert [(event.WhichOneof("payload"), event.sequence) for event in written] == [("snapshot", 0), ("heartbeat", 0), ("finished", 0)]
+
+
+def test_an_ungrounded_answer_names_no_generation() -> None:
+    answer = rag.rag_answer_to_proto(RAG_ANSWER)
+    assert answer.HasField("timings") is RAG_ANSWER.finished.grounded
+    assert (answer.citations[0].quote, answer.chunks[0].scores.similarity) == ("quote", 0.5)
+    assert not answer.chunks[0].scores.HasField("rerank")
+    kinds = [rag.rag_event_to_proto(event).WhichOneof("event") for event in (RAG_ANSWER.sources, RAG_ANSWER.finished)]
+    assert kinds == ["sources", "finished"]
+
+
+def test_the_whole_catalogue_can_be_written() -> None:
+    for base in BASE_MODELS:
+        assert catalogue.base_model_to_proto(base, is_present=True).availability_reason == ""
+        assert catalogue.base_model_to_proto(base, is_present=False).availability_reason
+    for embedding in EMBEDDING_MODELS:
+        written = catalogue.embedding_model_to_proto(embedding, is_present=False)
+        assert (written.availability == catalogue.Availability.AVAILABILITY_UNAVAILABLE) is bool(embedding.refusal)
+
+
+def test_an_upload_is_described_by_its_first_message() -> None:
+    message = training_service_pb2.UploadDatasetRequest(display_name="d", format=dataset_pb2.Dataset.FORMAT_JSONL, validate_only=True)
+    upload = datasets.upload_from_proto(message, Violations())
+    assert (upload.display_name, upload.format, upload.validate_only) == ("d", DatasetFormat.JSONL, True)
