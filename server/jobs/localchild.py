@@ -110,10 +110,11 @@ class LocalChild:
     async def _follow_to_end(self) -> None:
         assert self._process.stdout is not None
         copying = asyncio.create_task(self._copy_log(self._process.stdout))
+        await _wait_for_exit(self._process.pid)
         # Whatever the child left behind in its group dies with it: it would hold the pipes open, and memory.
-        await self._process.wait()
         self._signal_group(signal.SIGKILL)
         await copying
+        await self._process.wait()
 
     async def _copy_log(self, output: asyncio.StreamReader) -> None:
         with self._log:
@@ -123,6 +124,21 @@ class LocalChild:
     def _signal_group(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+async def _wait_for_exit(pid: int) -> None:
+    """Wait for the end of this one process. asyncio's own `wait` also waits for its pipes, which others may hold open."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
 
 
 class _BoundedLog:

@@ -161,6 +161,24 @@ async def test_a_job_outlives_broken_database_connections(stage: Stage) -> None:
     assert await stage.read_steps(job) == list(range(1, 61))
 
 
+async def test_a_database_that_is_away_for_less_than_the_lease_does_no_harm(stage: Stage) -> None:
+    job = await stage.add_job(Script(steps=60, step_seconds=0.05))
+    name = psycopg.conninfo.conninfo_to_dict(stage.database_url)["dbname"]
+    elsewhere = psycopg.conninfo.make_conninfo(stage.database_url, dbname="postgres")
+    async with (
+        stage.working(terms=LeaseTerms(20.0, 0.1, 3)),
+        await psycopg.AsyncConnection.connect(elsewhere, autocommit=True) as connection,
+    ):
+        await stage.wait_for_step(job, 10)
+        await connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        await asyncio.sleep(1.5)
+        await connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        ended = await stage.wait_for_end(job)
+    assert (ended.state, ended.attempt) == (S.SUCCEEDED, 1)
+    assert await stage.read_steps(job) == list(range(1, 61))
+
+
 async def test_a_worker_cut_off_from_the_database_stops_its_child_when_the_lease_is_over(stage: Stage) -> None:
     job = await stage.add_job(SLOW)
     async with stage.working():
