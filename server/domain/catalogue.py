@@ -216,7 +216,8 @@ EMBEDDING_MODELS: Sequence[EmbeddingModel] = (
     _sentence_transformer("all-MiniLM-L6-v2", "all-MiniLM-L6-v2", 384, 256, ("en",), "Installed with the service. English only."),
     EmbeddingModel(
         "BAAI/bge-m3", ("bge-m3",), "BGE-M3", "bge", 1_024, 8_192, Pooling.CLS, "MIT", _MANY_LANGUAGES, True,
-        note="Over 100 languages; the first choice for Arabic.",
+        note="Over 100 languages; the first choice for Arabic. Where the hub offers it as pickled weights only, save them as safetensors "
+        "first and give the directory.",
     ),
     _bge_english("small", 384),
     _bge_english("base", 768),

@@ -1,0 +1,1 @@
+"""Retrieval's work on documents: cutting, embedding, and the index job's child side."""

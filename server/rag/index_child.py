@@ -1,0 +1,186 @@
+"""The child side of a RAG_INDEX job: documents in, chunks and vectors out, one event per document. Knows no database.
+
+One bad document fails alone, with its reason; what ends the job is raised as JobFailure.
+"""
+
+import base64
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
+from server.domain.errors import ServiceError
+from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
+from server.domain.generation import EmbedRole
+from server.domain.ids import CHUNK, new_id
+from server.domain.jobs import FailureReason, JobFailure
+from server.domain.orders import DocumentText, IndexOrder
+from server.domain.retrieval import Chunk
+from server.rag.chunking import cut_text, resolve_chunk_tokens
+from server.rag.embedding import Embedder, LoadedModel, Vectors
+from server.services.codec import Codec
+
+# Chunks that are embedded together: enough to sort by length, little enough that progress and a cancel come within seconds.
+CHUNKS_PER_GROUP = 64
+# One event carries a whole document; the worker reads and commits it at once.
+MAX_EVENT_BYTES = 64 << 20
+_KIBIBYTE = 1024  # ru_maxrss counts these on Linux
+_DOCUMENT = Codec[DocumentText](DocumentText)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a run has done so far."""
+
+    documents: int = 0
+    failed_documents: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, event: DocumentIndexed) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.failed_documents += bool(event.error)
+        self.chunks += len(event.chunks)
+        self.tokens += sum(chunk.token_count for chunk in event.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A document with its chunks, or with the reason why it has none."""
+
+    document_id: str
+    chunks: tuple[Chunk, ...]
+    error: str = ""
+
+
+def run_index(
+    order: IndexOrder,
+    storage_root: Path,
+    embedder: Embedder,
+    emit: Callable[[ChildEvent], None],
+    should_stop: Callable[[], bool],
+    *,
+    max_event_bytes: int = MAX_EVENT_BYTES,
+) -> None:
+    """Index the documents of an order; returns early, without a result, where `should_stop` says so. Raises JobFailure.
+
+    A document whose event would be longer than `max_event_bytes` is refused.
+    """
+    loaded = _load(embedder, order.spec.embedding_model)
+    emit(Started(total_steps=order.document_count))
+    for warning in _find_warnings(order, loaded):
+        emit(warning)
+    tally = _Tally()
+    for group in _group(_cut_documents(storage_root / order.documents_path, order, loaded, max_event_bytes)):
+        vectors = _embed(loaded, [chunk for cut in group for chunk in cut.chunks], should_stop)
+        if vectors is None or should_stop():
+            return
+        for event in _make_events(group, vectors, loaded.dimension):
+            tally.add(event)
+            emit(event)
+    if tally.documents and tally.documents == tally.failed_documents:
+        raise JobFailure(
+            FailureReason.DOCUMENTS_INVALID,
+            "None of the documents could be indexed; each one says why.",
+            "Correct the documents and add them again.",
+        )
+    emit(Finalizing())
+    emit(_make_result(tally))
+
+
+def _load(embedder: Embedder, embedding_model: str) -> LoadedModel:
+    try:
+        return embedder.load(embedding_model)
+    except ServiceError as error:
+        suggestion = "Choose another embedding model, or make this one available to the service."
+        raise JobFailure(FailureReason.EMBEDDING_MODEL_UNAVAILABLE, str(error), suggestion) from error
+
+
+def _find_warnings(order: IndexOrder, loaded: LoadedModel) -> Iterator[Warned]:
+    known = find_embedding_model(order.spec.embedding_model)
+    if known is not None and not known.tuned_for_retrieval:
+        yield Warned("EMBEDDING_MODEL_NOT_TUNED", NOT_TUNED_NOTE)
+    asked = order.spec.chunking.max_tokens
+    given, _ = resolve_chunk_tokens(order.spec.chunking, loaded.tokenizer)
+    if asked > given:
+        yield Warned("CHUNKS_SHORTENED", f"Chunks have at most {given} tokens, not {asked}: the embedding model reads no more.")
+
+
+def _cut_documents(path: Path, order: IndexOrder, loaded: LoadedModel, max_event_bytes: int) -> Iterator[_Cut]:
+    """Read the documents one by one and cut them."""
+    bytes_per_chunk = loaded.dimension * 2 * 4 // 3 + 256
+    with path.open("rb") as lines:
+        for line in lines:
+            document = _DOCUMENT.decode(line)
+            chunks = tuple(_cut_document(document, order, loaded))
+            size_bytes = sum(bytes_per_chunk + len(chunk.text.encode()) for chunk in chunks)
+            error = _find_error(document, chunks, size_bytes > max_event_bytes)
+            yield _Cut(document.document_id, () if error else chunks, error)
+
+
+def _cut_document(document: DocumentText, order: IndexOrder, loaded: LoadedModel) -> Iterator[Chunk]:
+    text = document.text
+    for position, cut in enumerate(cut_text(text, order.spec.chunking, loaded.tokenizer)):
+        piece = text[cut.char_start : cut.char_end]
+        yield Chunk(new_id(CHUNK), position, piece, cut.char_start, cut.char_end, cut.token_count)
+
+
+def _find_error(document: DocumentText, chunks: Sequence[Chunk], is_too_long: bool) -> str:
+    """Say why a document cannot be indexed; empty where it can."""
+    if not chunks:
+        return "The document has no text."
+    if "\x00" in document.text:
+        return "The text has a NUL character, which cannot be stored."
+    if is_too_long:
+        return f"The document is too long to be indexed as one ({len(chunks):,} chunks): add it in parts."
+    return ""
+
+
+def _group(cuts: Iterator[_Cut]) -> Iterator[list[_Cut]]:
+    """Put small documents together; one that was refused or is large ends its group."""
+    group: list[_Cut] = []
+    for cut in cuts:
+        group.append(cut)
+        if sum(len(one.chunks) for one in group) >= CHUNKS_PER_GROUP or cut.error:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _embed(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[], bool]) -> Vectors | None:
+    """Embed chunks in groups; None where the job was told to stop in between."""
+    rows: list[Vectors] = [np.zeros((0, loaded.dimension), dtype=np.float32)]
+    for first in range(0, len(chunks), CHUNKS_PER_GROUP):
+        if should_stop():
+            return None
+        rows.append(loaded.encoder.encode([chunk.text for chunk in chunks[first : first + CHUNKS_PER_GROUP]], EmbedRole.PASSAGE))
+    return np.concatenate(rows)
+
+
+def _make_events(group: Sequence[_Cut], vectors: Vectors, dimension: int) -> Iterator[DocumentIndexed]:
+    first = 0
+    for cut in group:
+        rows = vectors[first : first + len(cut.chunks)]
+        first += len(cut.chunks)
+        if not np.isfinite(rows).all():
+            yield DocumentIndexed(cut.document_id, (), "", dimension, "The embedding model gave numbers that are none for this text.")
+        else:
+            encoded = base64.b64encode(rows.astype("<f2").tobytes()).decode("ascii")
+            yield DocumentIndexed(cut.document_id, cut.chunks, encoded, dimension, cut.error)
+
+
+def _make_result(tally: _Tally) -> ResultReady:
+    seconds = time.monotonic() - tally.started
+    counts = {"documents": tally.documents, "failed_documents": tally.failed_documents, "chunks": tally.chunks, "tokens": tally.tokens}
+    return ResultReady(
+        metrics={name: float(count) for name, count in counts.items()},
+        compute_seconds=seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE,
+    )
