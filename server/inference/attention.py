@@ -10,6 +10,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from server.inference.cache import Step
 
 ATTENTION_NAME = "model_training_rows"
+# Bounds of `_pays_to_multiply`: queries over all rows, and scores over all heads.
+MULTIPLIED_QUERIES, MULTIPLIED_SCORES = 12, 2_000_000
 
 
 def attend(
@@ -23,8 +25,22 @@ def attend(
     groups = heads // key.shape[1]
     grouped = query.reshape(rows, key.shape[1], groups * new_tokens, size)
     mask = step.mask(window_tokens, groups)
-    output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    if _pays_to_multiply(grouped, key):
+        scores = torch.matmul(grouped, key.contiguous().transpose(2, 3)).mul_(scaling or size**-0.5).add_(mask)
+        output = torch.matmul(torch.softmax(scores, dim=-1), value.contiguous())
+    else:
+        output = functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return output.view(rows, heads, new_tokens, -1).transpose(1, 2)
+
+
+def _pays_to_multiply(grouped: torch.Tensor, key: torch.Tensor) -> bool:
+    """Tell where two plain products beat torch's CPU kernel: in bf16, for several queries whose scores stay in the processor's cache.
+
+    Measured on AVX-512 BF16: 16 rows of 136 keys 162 us against 258, 256 queries over 256 keys 0.9 ms against 1.8, one row 41 against 19.
+    """
+    if grouped.device.type != "cpu" or grouped.dtype != torch.bfloat16 or grouped.shape[0] * grouped.shape[2] < MULTIPLIED_QUERIES:
+        return False
+    return grouped.shape[0] * grouped.shape[1] * grouped.shape[2] * key.shape[2] <= MULTIPLIED_SCORES
 
 
 def attend_softcapped(

@@ -140,7 +140,6 @@ class AdapterPool:
         self._selection, self._dtype, self._device, self._max_ranks = selection, dtype, device, max_ranks
         self._projections = list({id(projection): projection for projection, _ in places.values()}.values())
         self._residents: dict[str, _Resident] = {}
-        self._capacity = 0
         self._clock = 0
 
     @property
@@ -190,17 +189,12 @@ class AdapterPool:
         if first is None:
             return False
         last = first + adapter.rank
-        for projection in self._projections:
-            pool = projection.pool
-            assert pool is not None
-            pool.down[first:last].zero_()
-            for part, up in enumerate(pool.up):
-                up[first:last].zero_()
-                pair = adapter.matrices.get((projection, part))
-                if pair is not None:
-                    pool.down[first : first + pair[0].shape[0], part] = pair[0].to(self._dtype)
-                    up[first : first + pair[1].shape[1]] = pair[1].T.to(self._dtype)
         self._residents[name] = _Resident(first, last)
+        targeted = {projection for projection, _ in adapter.matrices}
+        for projection in self._projections:
+            # A projection that no adapter ever touched has no pool, and costs nothing.
+            if projection in targeted or projection.pool is not None:
+                _fill(self._reserve(projection), projection, adapter, first, last)
         return True
 
     def _make_room(self, rank: int) -> int | None:
@@ -208,8 +202,6 @@ class AdapterPool:
         while True:
             first = self._find_gap(rank)
             if first is not None:
-                if first + rank > self._capacity:
-                    self._grow(first + rank)
                 return first
             idle = [name for name, resident in self._residents.items() if resident.users == 0]
             if not idle:
@@ -224,16 +216,30 @@ class AdapterPool:
             end = resident.last
         return end if end + rank <= self._max_ranks else None
 
-    def _grow(self, needed: int) -> None:
-        """Enlarge the pool at every projection to twice its size or what is needed; a rare copy, bounded by max_ranks."""
-        capacity = min(self._max_ranks, max(needed, 2 * self._capacity))
-        for projection in self._projections:
-            parts, old = projection.part_features, projection.pool
-            down = torch.zeros(capacity, len(parts), projection.in_features, dtype=self._dtype, device=self._device)
-            ups = [torch.zeros(capacity, features, dtype=self._dtype, device=self._device) for features in parts]
-            if old is not None:
-                down[: self._capacity] = old.down
-                for new, known in zip(ups, old.up, strict=True):
-                    new[: self._capacity] = known
-            projection.pool = RankPool(down, ups)
-        self._capacity = capacity
+    def _reserve(self, projection: Projection) -> RankPool:
+        """Give a projection's pool, enlarged to twice its size or more where the residents need it; a rare copy, bounded by max_ranks."""
+        parts, old = projection.part_features, projection.pool
+        known = old.down.shape[0] if old is not None else 0
+        needed = max((resident.last for resident in self._residents.values()), default=0)
+        if old is not None and known >= needed:
+            return old
+        capacity = min(self._max_ranks, max(needed, 2 * known))
+        down = torch.zeros(capacity, len(parts), projection.in_features, dtype=self._dtype, device=self._device)
+        pool = RankPool(down, [torch.zeros(capacity, features, dtype=self._dtype, device=self._device) for features in parts])
+        if old is not None:
+            pool.down[:known] = old.down
+            for new, kept in zip(pool.up, old.up, strict=True):
+                new[:known] = kept
+        projection.pool = pool
+        return pool
+
+
+def _fill(pool: RankPool, projection: Projection, adapter: Adapter, first: int, last: int) -> None:
+    """Write an adapter's matrices to its ranks; zeros where it has none, or a smaller rank than elsewhere."""
+    pool.down[first:last].zero_()
+    for part, up in enumerate(pool.up):
+        up[first:last].zero_()
+        pair = adapter.matrices.get((projection, part))
+        if pair is not None:
+            pool.down[first : first + pair[0].shape[0], part] = pair[0].to(pool.down.dtype)
+            up[first : first + pair[1].shape[1]] = pair[1].T.to(up.dtype)

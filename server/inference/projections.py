@@ -97,17 +97,16 @@ class Projection(nn.Module):
         return self._add_adapters(base, x, self.pool, chosen)
 
     def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: AdapterSelection) -> torch.Tensor:
+        """Add (x A') B in place: one product for all parts' A, then one per part into its columns, each reading only its own weights."""
         down = pool.down[chosen.first : chosen.last]
-        ranks, parts = down.shape[0], down.shape[1]
-        inner = functional.linear(x, down.view(ranks * parts, -1))
-        if parts == 1:
-            inner = inner if chosen.foreign is None else inner.masked_fill_(chosen.foreign, 0)
-            return base.add_(inner @ pool.up[0][chosen.first : chosen.last])
-        inner = inner.view(*x.shape[:-1], ranks, parts)
-        inner = inner if chosen.foreign is None else inner.masked_fill_(chosen.foreign.unsqueeze(-1), 0)
-        start = 0
+        ranks, parts, width = down.shape
+        inner = functional.linear(x, down.view(ranks * parts, width)).view(*x.shape[:-1], ranks, parts)
+        if chosen.foreign is not None:
+            inner.masked_fill_(chosen.foreign.unsqueeze(-1), 0)
+        by_part = inner.view(-1, ranks, parts).permute(2, 0, 1).contiguous() if parts > 1 else inner.view(1, -1, ranks)
+        columns, start = base.view(-1, base.shape[-1]), 0
         for part, up in enumerate(pool.up):
-            base[..., start : start + up.shape[1]] += inner[..., part] @ up[chosen.first : chosen.last]
+            columns.narrow(1, start, up.shape[1]).addmm_(by_part[part], up[chosen.first : chosen.last])
             start += up.shape[1]
         return base
 

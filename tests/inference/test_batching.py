@@ -201,19 +201,28 @@ def test_a_failing_request_fails_alone(tiny: Callable[[str], Path]) -> None:
 
 def test_numbers_that_are_not_finite_fail_their_row_and_leave_no_trace(tiny: Callable[[str], Path]) -> None:
     model = load(tiny("llama"))
-    network: Any = model.decoder._model
-    embedding = network.get_input_embeddings()
-    embedding.weight.data[9] = float("nan")
-    good, bad = make_generation(model, [5, 6, 7], 6), make_generation(model, [9, 9, 9, 9], 6)
-    said = Recorder([good, bad])
-    for generation in (good, bad):
-        model.batch.submit(generation)
+    long, bad = make_generation(model, make_prompts(2)[1], 30), make_generation(model, [5] * 16, 30)
+    said = Recorder([long, bad])
+    model.batch.submit(long)
+    while not long.generated_tokens:
+        said.take(model.batch)
+    model.batch.submit(bad)
+    said.take(model.batch)
+    assert (bad.row, bad.generated_tokens) == (1, 1)
+    model.batch._cache._pool[bad.row, :, :, :16] = float("nan")
+    said.take(model.batch)
+    assert said.errors[bad.request_id].reason == "MODEL_NOT_FINITE"
+    # It gets the same row, and in it fewer tokens than those of the one before; what lies behind them is hidden, but is multiplied by 0.
+    short = make_generation(model, [5, 6, 7], 6)
+    said.watched.append(short)
+    said.tokens[short.request_id] = []
+    model.batch.submit(short)
+    said.take(model.batch)
+    assert short.row == 1
     while model.batch.has_work:
         said.take(model.batch)
-    assert said.errors[bad.request_id].reason == "MODEL_NOT_FINITE"
-    again = [make_generation(model, [5, 6, 7], 6) for _ in range(6)]
-    later = run(model.batch, *again)
-    assert {tuple(tokens) for tokens in later.values()} == {tuple(said.tokens[good.request_id])}
+    assert said.tokens[short.request_id] == reference_tokens(tiny("llama"), [5, 6, 7], 6)
+    assert said.tokens[long.request_id] == reference_tokens(tiny("llama"), make_prompts(2)[1], 30)
 
 
 def test_the_end_token_stops_and_usage_counts_it(tiny: Callable[[str], Path]) -> None:

@@ -104,8 +104,8 @@ def test_an_overflow_in_one_adapter_stays_in_its_rows(tiny: Callable[[str], Path
     put(model, "good", save_adapter(base, tmp_path / "good", rank=4, seed=1))
     put(model, "huge", save_adapter(base, tmp_path / "huge", rank=4, seed=2, modules=["down_proj"]))
     for projection, _ in model.decoder.adapters.places.values():
-        assert projection.pool is not None
-        projection.pool.down[4:8] = float("inf")
+        if projection.pool is not None:
+            projection.pool.down[4:8] = float("inf")
     logits = batched_logits(model.decoder, ["good", "huge"])
     torch.testing.assert_close(logits[0], peft_logits(base, tmp_path / "good"), atol=2e-4, rtol=2e-4)
     assert not torch.isfinite(logits[1]).all()
