@@ -90,6 +90,7 @@ class Client:
     training: "training_service_pb2_grpc.TrainingServiceAsyncStub"
     servicer: Trouble
     server: aio.Server
+    port: int
 
 
 @asynccontextmanager
@@ -104,7 +105,7 @@ async def serve_trouble() -> AsyncIterator[Client]:
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         inference = inference_service_pb2_grpc.InferenceServiceStub(channel)
         training = training_service_pb2_grpc.TrainingServiceStub(channel)
-        yield Client(inference, training, servicer, server)
+        yield Client(inference, training, servicer, server, port)
     await server.stop(0)
 
 
