@@ -4,13 +4,12 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from psycopg.conninfo import make_conninfo
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from server.db.address import parse_database_url
 from server.db.datasets import PostgresDatasets
 from server.db.documents import PostgresDocuments
-from server.db.failures import translate_failure
+from server.db.failures import ValueNotStorable, translate_failure
 from server.db.jobs import PostgresJobs
 from server.db.models import PostgresModels
 from server.db.requests import PostgresRequests
@@ -77,8 +76,7 @@ class PostgresDatabase:
     @property
     def connection_string(self) -> str:
         """What libpq connects by, for a connection outside the pool. It holds the password: never log it."""
-        _, parameters = self._engine.dialect.create_connect_args(self._url)
-        return make_conninfo(connect_timeout=CONNECT_TIMEOUT_SECONDS, **parameters)
+        return self._url.set(drivername="postgresql").render_as_string(hide_password=False)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -86,5 +84,8 @@ class PostgresDatabase:
 
 
 def _write_json(value: object) -> str:
-    # JSON has no NaN; PostgreSQL would refuse the whole statement less clearly.
-    return json.dumps(value, allow_nan=False)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        # JSON has no NaN and no infinity, and PostgreSQL takes none.
+        raise ValueNotStorable from error

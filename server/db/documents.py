@@ -1,12 +1,14 @@
 """Rows of documents with their texts, chunks and vectors, and the exact search over them."""
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
 
+from psycopg import DataError as DataException
 from sqlalchemy import ColumnElement, Double, Row, cast, delete, func, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.tables import HalfVector, chunk_vectors, chunks, documents
@@ -19,6 +21,7 @@ from server.services.ports import Page
 # Rounding aside, no similarity is above 1. The bound keeps NaN out, which PostgreSQL sorts above every number.
 MAX_SIMILARITY = 2.0
 FLOAT16_BYTES = 2
+DATA_EXCEPTION = "22000"  # pgvector: the dimensions differ
 _LISTED = [column for column in documents.c if column.name != "text"]
 
 
@@ -69,15 +72,18 @@ class PostgresDocuments:
     async def search(self, model_id: str, vector: Sequence[float], top_k: int, similarity_threshold: float) -> Sequence[RetrievedChunk]:
         """Give the chunks most similar to a unit vector, best first, none below the threshold (`1 - cosine distance`).
 
-        Every vector of the model is compared: the result is exact. Raises FailedPrecondition for a vector of another dimension.
+        Every vector of the model is compared: the result is exact. Raises InvalidInput for numbers that are none, FailedPrecondition
+        for a vector of another dimension.
         """
         if not is_id(model_id, MODEL) or top_k < 1:
             return []
+        if not all(map(math.isfinite, vector)):
+            raise InvalidInput("The query's vector has numbers that are not finite.", reason="EMBEDDING_NOT_FINITE")
         query = build_search(self._organization, model_id, vector, top_k, similarity_threshold)
         try:
             return [_retrieved_from_row(row) for row in await self._connection.execute(query)]
-        except Exception as error:
-            if getattr(getattr(error, "orig", None), "sqlstate", "") == "22000":
+        except DBAPIError as error:
+            if isinstance(error.orig, DataException) and error.orig.sqlstate == DATA_EXCEPTION:
                 raise FailedPrecondition(
                     f"The model's vectors do not have {len(vector)} numbers each.", reason="EMBEDDING_DIMENSION_MISMATCH"
                 ) from error

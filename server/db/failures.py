@@ -13,16 +13,20 @@ _BAD_VALUES = frozenset({"22021", "22P02", "22P05", "22003", "22000"})
 _PASSING = frozenset({"40001", "40P01", "55P03", "57014"})
 
 
+class ValueNotStorable(ValueError):
+    """A value was refused before PostgreSQL saw it."""
+
+
 def translate_failure(error: Exception) -> ServiceError | None:
     """Give the error that a caller should see instead, or None."""
-    if isinstance(error, UnicodeEncodeError):
+    # Values are bound inside or outside of SQLAlchemy's own error handling.
+    cause = error.orig if isinstance(error, StatementError) else error
+    if isinstance(cause, ValueNotStorable | UnicodeEncodeError):
         return _bad_value()
     if isinstance(error, PoolTimeout):
         return Unavailable("The database is busy. Try again.", reason="DATABASE_BUSY", retry_after_seconds=RETRY_AFTER_SECONDS)
     if isinstance(error, DBAPIError) and isinstance(error.orig, Error):
         return _translate_sqlstate(error, error.orig.sqlstate)
-    if isinstance(error, StatementError) and isinstance(error.orig, UnicodeEncodeError | ValueError):
-        return _bad_value()
     return None
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from psycopg import AsyncConnection, Error
 from sqlalchemy import select, tuple_
 
-from server.db.database import PostgresDatabase
+from server.db.database import CONNECT_TIMEOUT_SECONDS, PostgresDatabase
 from server.db.locked_job import JOBS_CHANNEL
 from server.db.tables import jobs
 
@@ -89,11 +89,13 @@ class PostgresJobFeed:
             try:
                 await self._listen_once()
             except (Error, OSError) as error:
-                _log.warning("cannot listen for job states: %s", type(error).__name__)
+                _log.warning("cannot listen for job states: %s", error)
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _listen_once(self) -> None:
-        async with await AsyncConnection.connect(self._database.connection_string, autocommit=True) as connection:
+        async with await AsyncConnection.connect(
+            self._database.connection_string, autocommit=True, connect_timeout=CONNECT_TIMEOUT_SECONDS
+        ) as connection:
             await connection.execute(f"LISTEN {JOBS_CHANNEL}")
             async for notice in connection.notifies():
                 organization, job_id, last_sequence = json.loads(notice.payload)

@@ -197,7 +197,7 @@ jobs = Table(
     Index("jobs_by_kind", "organization", "kind", "job_id"),
     Index("jobs_by_dataset", "organization", "dataset_id", postgresql_where=text("dataset_id IS NOT NULL")),
     Index("jobs_by_eval_dataset", "organization", "eval_dataset_id", postgresql_where=text("eval_dataset_id IS NOT NULL")),
-    Index("jobs_active_by_base_model", "organization", "base_model", postgresql_where=IS_ACTIVE),
+    Index("jobs_active", "organization", "base_model", postgresql_where=IS_ACTIVE),
     # The worker looks over all organizations; these stay as small as the queue is.
     Index("jobs_queued", "job_id", "kind", postgresql_where=IS_QUEUED),
     Index("jobs_held", "kind", postgresql_where=IS_HELD),

@@ -119,7 +119,7 @@ CREATE TABLE jobs (
     CONSTRAINT jobs_eval_dataset_id FOREIGN KEY (organization, eval_dataset_id)
         REFERENCES datasets (organization, dataset_id) ON DELETE SET NULL (eval_dataset_id)
 );
-CREATE INDEX jobs_active_by_base_model ON jobs (organization, base_model)
+CREATE INDEX jobs_active ON jobs (organization, base_model)
     WHERE state NOT IN ('CANCELLED', 'FAILED', 'SUCCEEDED');
 CREATE INDEX jobs_by_dataset ON jobs (organization, dataset_id) WHERE dataset_id IS NOT NULL;
 CREATE INDEX jobs_by_eval_dataset ON jobs (organization, eval_dataset_id) WHERE eval_dataset_id IS NOT NULL;

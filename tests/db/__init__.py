@@ -1,0 +1,1 @@
+"""Tests of server/db, all on a real PostgreSQL."""
