@@ -5,6 +5,7 @@ Knows nothing of requests: rows are numbers, and who owns which row is the batch
 
 import contextlib
 import mmap
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -71,7 +72,7 @@ class Step:
 class RowCache(Cache):
     """A transformers Cache over a pool [rows, layers, keys then values, heads, tokens, head size].
 
-    On the CPU the pool is an anonymous mapping: pages that no token has reached take no memory, and a cleared row gives its pages back.
+    On Linux's CPU the pool is an anonymous mapping: pages that no token has reached take no memory, a cleared row gives its pages back.
     """
 
     def __init__(self, shape: CacheShape, rows: int) -> None:
@@ -80,12 +81,12 @@ class RowCache(Cache):
         pool_shape = (rows, shape.layers, 2 * shape.key_value_heads, shape.tokens_per_row, shape.head_size)
         self._row_bytes = shape.token_bytes * shape.tokens_per_row
         self._mapping: mmap.mmap | None = None
-        if shape.device.type == "cpu":
-            self._mapping = mmap.mmap(-1, rows * self._row_bytes)
-            if hasattr(mmap, "MADV_NOHUGEPAGE"):
-                # Huge pages would take memory for whole rows at their first tokens. A kernel without them refuses, and needs it not.
-                with contextlib.suppress(OSError):
-                    self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        if shape.device.type == "cpu" and sys.platform == "linux":
+            # Private: only then does MADV_DONTNEED drop pages, and zeros come back in their place.
+            self._mapping = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # Huge pages would take memory for whole rows at their first tokens. A kernel without them refuses, and needs it not.
+            with contextlib.suppress(OSError):
+                self._mapping.madvise(mmap.MADV_NOHUGEPAGE)
             self._pool = torch.frombuffer(self._mapping, dtype=shape.dtype).view(pool_shape)
         else:
             self._pool = torch.zeros(pool_shape, dtype=shape.dtype, device=shape.device)
@@ -131,14 +132,14 @@ class RowCache(Cache):
     def clear_row(self, row: int) -> None:
         """Forget a row: zeros again, and its memory back to the system."""
         page = mmap.PAGESIZE
-        if self._mapping is not None and self._row_bytes % page == 0 and hasattr(mmap, "MADV_DONTNEED"):
+        if self._mapping is not None and self._row_bytes % page == 0:
             self._mapping.madvise(mmap.MADV_DONTNEED, row * self._row_bytes, self._row_bytes)
         else:
             self._pool[row].zero_()
 
     def clear_all(self) -> None:
         """Give all memory back that the system can take; nobody may use a row any more."""
-        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def _current(self) -> Step:
