@@ -131,7 +131,8 @@ def _judge(error: BaseException, call: Call) -> status_pb2.Status:
         call.log(grpc.StatusCode.UNKNOWN)
         raise error
     call.incident_id = uuid.uuid4().hex
-    logger.error("incident %s in %s, call %s", call.incident_id, call.method, call.call_id, exc_info=error)
+    fields = {"incident_id": call.incident_id, "method": call.method, "request_id": call.request_id, "call_id": call.call_id}
+    logger.error("incident %s", call.incident_id, exc_info=error, extra={"fields": fields})
     return status_from_incident(call.incident_id)
 
 

@@ -1,6 +1,5 @@
-"""One call as the log and the caller know it: its ids, its time, its one line of JSON."""
+"""One call as the log and the caller know it: its ids, its time, its one line of the log."""
 
-import json
 import logging
 import re
 import time
@@ -31,7 +30,7 @@ class Call:
 
     def log(self, code: grpc.StatusCode, status: status_pb2.Status | None = None) -> None:
         """Write the call's line: what was called, how it ended, how long it took. Never what was in it."""
-        line: dict[str, object] = {
+        fields: dict[str, object] = {
             "event": "rpc",
             "method": self.method,
             "code": code.name,
@@ -41,10 +40,11 @@ class Call:
             "messages_sent": self.messages_sent,
         }
         if status is not None:
-            line["reason"] = find_reason(status)
+            fields["reason"] = find_reason(status)
         if self.incident_id:
-            line["incident_id"] = self.incident_id
-        logger.log(logging.ERROR if self.incident_id else logging.INFO, json.dumps(line))
+            fields["incident_id"] = self.incident_id
+        # The log's formatter writes `fields` beside the message, as JSON.
+        logger.log(logging.ERROR if self.incident_id else logging.INFO, "%s %s", self.method, code.name, extra={"fields": fields})
 
 
 # The call that the running task serves: for ids in other lines of the log, and for the engine.

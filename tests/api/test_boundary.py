@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 from grpc import aio
 from modeltraining.v1 import inference_service_pb2, training_service_pb2
 
-from tests.api.trouble import INSIDE, Client, read_detail, read_lines, read_stream, serve_trouble
+from tests.api.trouble import INSIDE, Client, read_detail, read_lines, read_status, read_stream, serve_trouble
 
 pb = inference_service_pb2
 CODES = [
@@ -32,14 +32,6 @@ async def fail(client: Client, model_id: str) -> aio.AioRpcError:
     with pytest.raises(aio.AioRpcError) as failure:
         await client.inference.Generate(pb.GenerateRequest(model_id=model_id), timeout=10)
     return failure.value
-
-
-def read_status(error: aio.AioRpcError) -> status_pb2.Status:
-    """Read the google.rpc.Status out of the trailers."""
-    trailers = dict(error.trailing_metadata() or ())
-    details = trailers["grpc-status-details-bin"]
-    assert isinstance(details, bytes)
-    return status_pb2.Status.FromString(details)
 
 
 @pytest.mark.parametrize(("trouble", "code"), CODES)
@@ -167,7 +159,7 @@ async def test_every_call_writes_one_line(client: Client, caplog: pytest.LogCapt
 async def wait_for_lines(caplog: pytest.LogCaptureFixture, count: int = 1) -> list[dict[str, object]]:
     """Wait until the server wrote so many lines: it may do so after the client has its answer."""
     for _ in range(200):
-        if len(lines := read_lines(caplog.messages)) >= count:
+        if len(lines := read_lines(caplog.records)) >= count:
             return lines
         await asyncio.sleep(0.01)
-    return read_lines(caplog.messages)
+    return read_lines(caplog.records)

@@ -6,11 +6,22 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from google.rpc import error_details_pb2
+from grpc import aio
+from modeltraining.v1 import (
+    message_pb2,
+    model_service_pb2,
+    model_service_pb2_grpc,
+    technique_pb2,
+    training_service_pb2,
+    training_service_pb2_grpc,
+)
 
 from tests.api.conftest import run_envoy
-from tests.api.trouble import serve_trouble
+from tests.api.trouble import read_detail, read_status, serve_trouble
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RECORD = {"prompt": "1 + 1 =", "completion": " 2"}
@@ -220,3 +231,24 @@ async def test_the_catalogue_is_listed(rest: httpx.AsyncClient) -> None:
     assert packaged["availability"] == "AVAILABILITY_LOCAL"
     assert packaged["parameter_count"] == 134_515_008
     assert any(model["availability"] == "AVAILABILITY_UNAVAILABLE" for model in embedding.json()["embedding_models"])
+
+
+async def test_the_same_port_speaks_grpc(rest: httpx.AsyncClient) -> None:
+    async with aio.insecure_channel(f"{rest.base_url.host}:{rest.base_url.port}") as channel:
+        models = model_service_pb2_grpc.ModelServiceStub(channel)
+        assert not (await models.ListModels(model_service_pb2.ListModelsRequest())).models
+        record = message_pb2.TrainingRecord(prompt="x", completion="y")
+        bad = model_service_pb2.CreateFineTunedModelRequest(inline_records=[record], lora=technique_pb2.LoraTechnique(rank=0))
+        with pytest.raises(aio.AioRpcError) as failure:
+            await models.CreateFineTunedModel(bad)
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        details = read_detail(read_status(failure.value), error_details_pb2.BadRequest)
+        assert details is not None
+        assert sorted(entry.field for entry in details.field_violations) == ["base_model", "display_name", "lora.rank"]
+        with pytest.raises(aio.AioRpcError) as missing:
+            await models.GetModel(model_service_pb2.GetModelRequest(model_id="../../etc/passwd"))
+        assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+        jobs = training_service_pb2_grpc.TrainingServiceStub(channel)
+        with pytest.raises(aio.AioRpcError) as gone:
+            await jobs.WatchTrainingJob(training_service_pb2.WatchTrainingJobRequest(job_id="job_x")).read()
+        assert gone.value.code() is grpc.StatusCode.NOT_FOUND

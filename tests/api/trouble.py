@@ -1,8 +1,8 @@
 """A servicer that does what the request tells it, behind the real boundary on a real server: for what no use case would do at will."""
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -138,7 +138,15 @@ def read_detail(status: status_pb2.Status, kind: type[Detail]) -> Detail | None:
     return next((detail for packed in status.details if packed.Unpack(detail)), None)
 
 
-def read_lines(messages: list[str]) -> list[dict[str, object]]:
-    """Read the JSON lines of calls among log messages."""
-    lines = [json.loads(message) for message in messages if message.startswith("{")]
+def read_status(error: aio.AioRpcError) -> status_pb2.Status:
+    """Read the google.rpc.Status out of the trailers."""
+    trailers = dict(error.trailing_metadata() or ())
+    details = trailers["grpc-status-details-bin"]
+    assert isinstance(details, bytes)
+    return status_pb2.Status.FromString(details)
+
+
+def read_lines(records: Sequence[logging.LogRecord]) -> list[dict[str, object]]:
+    """Read the fields of the lines of calls in a log."""
+    lines: list[dict[str, object]] = [getattr(record, "fields", {}) for record in records]
     return [line for line in lines if line.get("event") == "rpc"]
