@@ -102,6 +102,6 @@ class Workbench:
             done, total = document["documents_done"], document["documents_total"]
             self.screen.bar(done / total, f"{done} of {total} documents")
         elif change := event.get("state_changed"):
-            self.screen.line(f"{change['state'].removeprefix('STATE_')} {change['reason']}".rstrip())
+            self.screen.line(f"{change['to_state'].removeprefix('STATE_')} {change['reason']}".rstrip())
         elif warning := event.get("warning"):
             self.screen.line(f"warning: {warning['message']}")
