@@ -22,7 +22,7 @@ from examples.workbench import Workbench
 HERE = Path(__file__).parent
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# Three passes in batches of eight taught all 33 facts when this was chosen; a fourth changed nothing.
+# With these numbers a bare LoRA loop over the same records answered all 33 held-out questions rightly; fewer passes were not tried.
 TRAINING: Json = {"epochs": 3, "batch_size": 8, "learning_rate": 0.001, "warmup_steps": 5, "seed": 7, "evaluation": {"every_steps": 37}}
 # Long enough to be still running when the cancel arrives.
 LONG_TRAINING: Json = {"epochs": 200, "batch_size": 4, "learning_rate": 0.0001, "seed": 7}
