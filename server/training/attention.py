@@ -24,6 +24,14 @@ PACKED_ATTENTION = "packed_records"
 MAX_EXPLICIT_TOKENS = 512
 
 
+# Arguments by which some architectures change the scores: capped (Gemma 2), with sinks (gpt-oss), with a bias (T5).
+CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+
+
+class UnsupportedAttention(ValueError):
+    """The architecture computes attention in a way that this module does not."""
+
+
 class _ExplicitAttention(Function):
     """Causal attention of one record by whole score matrices, which the backward pass uses again.
 
@@ -92,9 +100,14 @@ def attend_packed(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     record_lengths: Sequence[int] | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each record of [1, heads, T, D], called as transformers calls attention functions. Gives [1, T, heads, D]."""
+    """Attend within each record of [1, heads, T, D], called as transformers calls attention functions.
+
+    Gives [1, T, heads, D]. Raises UnsupportedAttention.
+    """
+    if unknown := [name for name in CHANGING_ARGUMENTS if others.get(name) is not None]:
+        raise UnsupportedAttention(f"packed attention does not know {', '.join(unknown)}")
     lengths = [query.shape[2]] if record_lengths is None else list(record_lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = zip(*(torch.split(tensor[0], lengths, dim=1) for tensor in (query, key, value)), strict=True)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import PreTrainedModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from server.basemodels.loading import load_causal_model
 from server.domain.jobs import JobFailure
@@ -97,6 +97,16 @@ def test_architectures_that_take_attention_functions_are_packed(tmp_path: Path) 
     assert {family: build_network(tmp_path, family).packed for family in FAMILIES} == {
         "llama": True, "mistral": True, "qwen2": True, "gemma": True, "falcon": False,
     }  # fmt: skip
+
+
+def test_an_architecture_with_attention_of_another_kind_keeps_its_own_forward_pass(tmp_path: Path) -> None:
+    gemma = Gemma2Config(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=32
+    )
+    network = Network(add_lora(Gemma2ForCausalLM(gemma), LoraTechnique(rank=2), seed=0))
+    assert not network.packed
+    batch = make_micro_batch(make_records(300), range(8))
+    assert torch.isfinite(network.sum_loss(batch))
 
 
 def test_fused_layers_give_the_gradients_of_pefts_own(tmp_path: Path) -> None:
