@@ -138,8 +138,8 @@ def _falcon(size: str, parameter_count: int, languages: tuple[str, ...], instruc
     suffix = "-instruct" if instruct else ""
     shown = f"Falcon {size.upper()}{' Instruct' if instruct else ''}"
     return BaseModel(
-        f"tiiuae/falcon-{size}{suffix}", (f"falcon-{size}{suffix}",), shown, "falcon", parameter_count, 2_048, "Apache-2.0", False, instruct,
-        languages, FALCON_TARGETS, "" if instruct else NO_CHAT_NOTE,
+        f"tiiuae/falcon-{size}{suffix}", (f"falcon-{size}{suffix}",), shown, "falcon", parameter_count, 2_048, "Apache-2.0", False,
+        instruct, languages, FALCON_TARGETS, "" if instruct else NO_CHAT_NOTE,
     )  # fmt: skip
 
 
@@ -184,8 +184,8 @@ BGE_QUERY_INSTRUCTION = "Represent this sentence for searching relevant passages
 
 def _bge_english(size: str, dimension: int) -> EmbeddingModel:
     return EmbeddingModel(
-        f"BAAI/bge-{size}-en-v1.5", (f"bge-{size}-en-v1.5", f"bge-{size}-en"), f"BGE {size} English v1.5", "bge", dimension, 512, Pooling.CLS,
-        "MIT", ("en",), True, query_prefix=BGE_QUERY_INSTRUCTION, note="English only.",
+        f"BAAI/bge-{size}-en-v1.5", (f"bge-{size}-en-v1.5", f"bge-{size}-en"), f"BGE {size} English v1.5", "bge", dimension, 512,
+        Pooling.CLS, "MIT", ("en",), True, query_prefix=BGE_QUERY_INSTRUCTION, note="English only.",
     )  # fmt: skip
 
 
@@ -207,8 +207,8 @@ def _arabert(name: str, shown: str, dimension: int, preparation: Preparation) ->
 def _camelbert(variant: str, shown: str) -> EmbeddingModel:
     name = f"bert-base-arabic-camelbert-{variant}"
     return EmbeddingModel(
-        f"CAMeL-Lab/{name}", (name, f"camelbert-{variant}"), f"CAMeLBERT {shown}", "camelbert", 768, 512, Pooling.MEAN, "Apache-2.0", ("ar",),
-        False, preparation=Preparation.UNDIACRITIZED, note=NOT_TUNED_NOTE,
+        f"CAMeL-Lab/{name}", (name, f"camelbert-{variant}"), f"CAMeLBERT {shown}", "camelbert", 768, 512, Pooling.MEAN, "Apache-2.0",
+        ("ar",), False, preparation=Preparation.UNDIACRITIZED, note=NOT_TUNED_NOTE,
     )  # fmt: skip
 
 

@@ -177,13 +177,11 @@ def _batch(order: Sequence[int], sequences: Sequence[Sequence[int]], tokens_per_
 
 
 def _pool(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Make [texts, dimension] of [texts, tokens, dimension]; padding (mask 0) counts nothing."""
+    """Make [texts, dimension] of [texts, tokens, dimension], up to length; padding (mask 0) counts nothing."""
     if pooling is Pooling.CLS:
         return states[:, 0]
-    if mask is None:
-        return states.mean(dim=1)
-    weights = mask[:, :, None].to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+    # The sum points where the mean does, and only the direction is kept.
+    return states.sum(dim=1) if mask is None else (states * mask[:, :, None]).sum(dim=1)
 
 
 class _LibraryEncoder:

@@ -79,7 +79,7 @@ def run_index(
     tally = _Tally()
     for group in _group(_cut_documents(storage_root / order.documents_path, order, loaded, max_event_bytes)):
         vectors = _embed(loaded, [chunk for cut in group for chunk in cut.chunks], should_stop)
-        if vectors is None or should_stop():
+        if vectors is None:
             return
         for event in _make_events(group, vectors, loaded.dimension):
             tally.add(event)

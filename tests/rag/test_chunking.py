@@ -58,6 +58,13 @@ class WordTokenizer(LetterTokenizer):
         return [[match.start() for match in re.finditer(r"\S+", text)] for text in texts]
 
 
+class DearTokenizer(WordTokenizer):
+    """A piece that stands alone takes twice the tokens that it takes inside a text."""
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [2 + 2 * len(places) for places in self.find_tokens(texts)]
+
+
 @pytest.fixture(scope="module")
 def wordpiece(minilm_directory: Path) -> Tokenizer:
     return Tokenizer.from_file(str(minilm_directory / "tokenizer.json"))
@@ -125,6 +132,12 @@ def test_the_overlap_repeats_whole_sentences_where_they_fit() -> None:
     assert cut == ["Aa bb cc dd ee ff. Go now.", "Go now. Ii jj kk ll mm nn.", "ll mm nn. Oo pp qq rr."]
 
 
+def test_the_overlap_leaves_room_for_a_whole_sentence() -> None:
+    text = "Aa bb cc dd ee ff. Go now. Ii jj kk ll mm nn oo."
+    cut = [text[chunk.char_start : chunk.char_end] for chunk in cut_text(text, Chunking(8, 3), WordTokenizer())]
+    assert cut == ["Aa bb cc dd ee ff. Go now.", "now. Ii jj kk ll mm nn oo."]
+
+
 def test_a_sentence_that_is_too_long_is_cut_between_words_and_overlaps_by_words() -> None:
     words = [f"w{number}" for number in range(40)]
     text = " ".join(words) + "."
@@ -133,6 +146,13 @@ def test_a_sentence_that_is_too_long_is_cut_between_words_and_overlaps_by_words(
     assert cut[0] == words[:16]
     assert cut[1] == words[12:28]
     assert cut[-1][-1] == "w39."
+
+
+def test_pieces_that_take_more_tokens_alone_are_halved_and_none_is_given_twice() -> None:
+    text = " ".join(f"w{number}" for number in range(40))
+    chunks = cut_text(text, Chunking(8, 4), DearTokenizer())
+    check_cover(text, chunks)
+    assert max(chunk.token_count for chunk in chunks) <= 8
 
 
 def test_a_model_that_reads_less_than_a_word_gets_parts_of_it() -> None:
@@ -162,6 +182,6 @@ def test_a_text_without_words_has_no_chunks(text: str) -> None:
 
 
 def test_a_word_is_not_cut_between_a_letter_and_its_marks(wordpiece: Tokenizer) -> None:
-    text = "بَ" * 2_000
+    text = "بَّ" * 2_000
     for chunk in cut_text(text, Chunking(30, 0), make_tokenizer(wordpiece)):
         assert text[chunk.char_start] == "ب"

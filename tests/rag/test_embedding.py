@@ -26,7 +26,7 @@ TEXTS = ["The maps lie in a blue house.", "Who keeps the maps?", "", "old bridge
 
 def read_paragraphs() -> list[str]:
     texts = [paragraph for path in DOCUMENTS for paragraph in path.read_text("utf-8").split("\n\n")]
-    return [text for text in texts if len(text) > 40]
+    return [text for text in texts if len(text) > 40][:60]
 
 
 def embed_by_library(directory: Path, texts: list[str], prompt: str = "") -> Vectors:
