@@ -1,6 +1,7 @@
 """Tokens per second of the embedded engine beside transformers' generate, in one run: `python -m benchmarks.inference MODEL_DIRECTORY`.
 
 Greedy, prompts of 128 tokens, 128 new ones. The engine is measured through its async interface, with 16 requests that arrive over time.
+Tokens per second of processor time are printed too: with one thread they hold on a machine that others use as well.
 """
 
 import argparse
@@ -43,6 +44,27 @@ class Directory:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """Tokens per second by the clock and per second of processor time, and the mean seconds to the first token where they are known."""
+
+    rate: float
+    processor_rate: float
+    first_token_seconds: float = 0.0
+
+
+class Clock:
+    """Measures from its making on."""
+
+    def __init__(self) -> None:
+        self._start, self._processor_start = time.perf_counter(), time.process_time()
+
+    def rate(self, tokens: int, first_token_seconds: float = 0.0) -> Figure:
+        """Turn a number of tokens made since then to a figure."""
+        wall, processor = time.perf_counter() - self._start, time.process_time() - self._processor_start
+        return Figure(tokens / wall, tokens / processor, first_token_seconds)
+
+
+@dataclass(frozen=True)
 class Load:
     """What is asked in a measurement."""
 
@@ -58,7 +80,7 @@ def make_prompt(directory: Path, tokens: int) -> str:
     return str(tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:tokens]))
 
 
-def measure_transformers(directory: Path, load: Load, rows: int) -> float:
+def measure_transformers(directory: Path, load: Load, rows: int) -> Figure:
     """Give generate's tokens per second for a static batch of equal prompts."""
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=preferred_dtype())
@@ -66,16 +88,12 @@ def measure_transformers(directory: Path, load: Load, rows: int) -> float:
     lengths = {"max_new_tokens": load.new_tokens, "min_new_tokens": load.new_tokens, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
         model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=2, do_sample=False, pad_token_id=0)
-        return max(_rate(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **lengths), rows * load.new_tokens, load.repeats))
-
-
-def _rate(work: Any, tokens: int, repeats: int) -> list[float]:
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        rates.append(tokens / (time.perf_counter() - start))
-    return rates
+        figures = []
+        for _ in range(load.repeats):
+            clock = Clock()
+            model.generate(ids, attention_mask=torch.ones_like(ids), **lengths)
+            figures.append(clock.rate(rows * load.new_tokens))
+    return max(figures, key=lambda figure: figure.rate)
 
 
 async def ask(engine: EmbeddedEngine, load: Load, adapter: str | None, delay_seconds: float) -> tuple[int, float]:
@@ -90,16 +108,14 @@ async def ask(engine: EmbeddedEngine, load: Load, adapter: str | None, delay_sec
     raise RuntimeError("the stream was cut")
 
 
-async def measure_engine(engine: EmbeddedEngine, load: Load, adapters: Sequence[str | None]) -> tuple[float, float]:
-    """Run one request per entry, arriving over time; give the best tokens per second and the mean seconds to the first token."""
-    best, first = 0.0, 0.0
+async def measure_engine(engine: EmbeddedEngine, load: Load, adapters: Sequence[str | None]) -> Figure:
+    """Run one request per entry, arriving over time; give the best run."""
+    figures = []
     for _ in range(load.repeats):
-        start = time.perf_counter()
+        clock = Clock()
         answers = await asyncio.gather(*(ask(engine, load, name, i * ARRIVAL_SECONDS) for i, name in enumerate(adapters)))
-        rate = sum(tokens for tokens, _ in answers) / (time.perf_counter() - start)
-        if rate > best:
-            best, first = rate, sum(seconds for _, seconds in answers) / len(answers)
-    return best, first
+        figures.append(clock.rate(sum(tokens for tokens, _ in answers), sum(seconds for _, seconds in answers) / len(answers)))
+    return max(figures, key=lambda figure: figure.rate)
 
 
 def save_adapters(directory: Path, target: Path) -> list[str]:
@@ -116,7 +132,7 @@ def save_adapters(directory: Path, target: Path) -> list[str]:
     return names
 
 
-async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence[str]) -> dict[str, Figure]:
     """Measure the engine alone, with many streams, and with many streams over many adapters."""
     engine = EmbeddedEngine(
         base_models=Directory(directory),
@@ -157,15 +173,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as storage:
         names = save_adapters(arguments.directory, Path(storage))
         results = asyncio.run(run_engine(arguments.directory, load, Path(storage), names))
-    print(f"{torch.get_num_threads()} threads, {preferred_dtype()}, tokens per second (seconds to the first token)")
-    print(f"transformers generate, alone        {alone:8.1f}")
-    print(f"transformers generate, static {STREAMS:3}   {static:8.1f}")
-    base = results[f"{STREAMS} streams"][0]
-    for name, (rate, first) in results.items():
-        peer = alone if name == "one stream" else static
-        of_base = f", {rate / base:4.2f} x base" if "adapter" in name else ""
-        print(f"engine, {name:28}{rate:8.1f}  ({first:5.2f} s)  {rate / peer:4.2f} x transformers{of_base}")
+    print(f"{torch.get_num_threads()} threads, {preferred_dtype()}: tokens per second, per processor second, ratio to transformers")
+    _print("transformers generate, alone", alone, alone)
+    _print(f"transformers generate, static {STREAMS}", static, static)
+    base = results[f"{STREAMS} streams"]
+    for name, figure in results.items():
+        _print(f"engine, {name}", figure, alone if name == "one stream" else static, base if "adapter" in name else None)
     print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+
+
+def _print(name: str, figure: Figure, peer: Figure, base: Figure | None = None) -> None:
+    ratios = f"{figure.rate / peer.rate:5.2f} ({figure.processor_rate / peer.processor_rate:4.2f})"
+    line = f"{name:38}{figure.rate:8.1f}{figure.processor_rate:8.1f}   {ratios}"
+    if figure.first_token_seconds:
+        line += f"   first token {figure.first_token_seconds:5.2f} s"
+    if base is not None:
+        line += f"   {figure.rate / base.rate:4.2f} ({figure.processor_rate / base.processor_rate:4.2f}) of the base's"
+    print(line)
 
 
 if __name__ == "__main__":
