@@ -17,14 +17,17 @@ from server.domain.generation import EmbedRole
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from server.api.server import ApiServer
     from server.basemodels.sources import BaseModelSource
     from server.childprocess import Emit, ShouldStop
     from server.domain.orders import Order
+    from server.inference.client import EngineClient
     from server.rag.embedding import Embedder
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
 STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
+HEALTH_SECONDS = 2.0  # how often the engine is asked whether it lives
 # Every row carries its organization; until callers are told apart there is this one.
 ORGANIZATION = "default"
 
@@ -96,12 +99,28 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     try:
         await server.start()
         announce_ready(ready_fd)
+        watch = asyncio.create_task(_report_engine_health(engine, server))
         await stop.wait()
+        watch.cancel()
         await server.stop(STOP_GRACE_SECONDS)
     finally:
         await engine.close()
         await feed.close()
         await database.close()
+
+
+async def _report_engine_health(engine: "EngineClient", server: "ApiServer") -> None:
+    """Let the health of the inference service follow the engine's."""
+    from server.domain.errors import ServiceError
+
+    while True:
+        try:
+            await engine.describe()
+            is_serving = True
+        except ServiceError:
+            is_serving = False
+        await server.report_health("modeltraining.v1.InferenceService", is_serving)
+        await asyncio.sleep(HEALTH_SECONDS)
 
 
 async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:

@@ -115,7 +115,8 @@ class JobRunner:
         claim = held.claim
         order = await self._files.write_order(claim, self._queue.read_pending_documents(claim.lease))
         child = held.child = await self._execution.start(order, self._files.log_path(claim))
-        document_count = order.document_count if isinstance(order, IndexOrder) else 0
+        # Of the whole job: what earlier attempts have committed is not in this order.
+        document_count = claim.job.progress.step + order.document_count if isinstance(order, IndexOrder) else 0
         try:
             ending = await Relay(self._queue, claim.lease, self._files, document_count).run(child.read_events())
             if ending is None:

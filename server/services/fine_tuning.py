@@ -134,7 +134,7 @@ def resolve_parameters(asked: ParametersRequest, defaults: FineTuneDefaults, rec
 
 
 async def check_base_model(base_models: BaseModels, found: Violations, field: str, base_model: str) -> None:
-    """Note a model that is unknown or unsafe under `field`. Raises FailedPrecondition for one that cannot be had here now."""
+    """Note a model that is unknown, unsafe or cannot be had here now under `field`."""
     if not base_model:
         found.add(field, "is required")
         return
@@ -143,7 +143,7 @@ async def check_base_model(base_models: BaseModels, found: Violations, field: st
         return
     try:
         await asyncio.to_thread(base_models.check, base_model)
-    except (NotFound, InvalidInput) as error:
+    except (NotFound, InvalidInput, FailedPrecondition) as error:
         found.add(field, str(error))
 
 

@@ -31,6 +31,7 @@ class Generation:
     timings: Timings
     model: ModelReference
     logprobs: Sequence[PositionLogprobs]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ async def collect(model: ModelReference, events: AsyncGenerator[TokenEvent, None
     async with aclosing(events) as stream:
         async for event in stream:
             if isinstance(event, GenerationFinished):
-                return Generation("".join(texts), event.finish_reason, event.usage, event.timings, model, logprobs)
+                return Generation("".join(texts), event.finish_reason, event.usage, event.timings, model, logprobs, event.seed)
             texts.append(event.text)
             logprobs.extend(event.logprobs)
     raise RuntimeError("the engine's stream ended without its last event")

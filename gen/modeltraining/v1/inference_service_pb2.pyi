@@ -112,6 +112,7 @@ class GenerateResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text, without the end token and the stop string."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -120,6 +121,8 @@ class GenerateResponse(_message.Message):
     """Model that answered; a base model by its hub name."""
     version: _builtins.int
     """Version that answered, from 1. Unset: a base model."""
+    seed: _builtins.int
+    """The seed that was used, the caller's or a drawn one: asked for again, it gives the same text."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """What was read and written."""
@@ -142,10 +145,11 @@ class GenerateResponse(_message.Message):
         version: _builtins.int | None = ...,
         timings: _generation_pb2.GenerationTimings | None = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -264,12 +268,15 @@ class StreamGenerateResponse(_message.Message):
         MODEL_ID_FIELD_NUMBER: _builtins.int
         VERSION_FIELD_NUMBER: _builtins.int
         TIMINGS_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
         finish_reason: Global___GenerateResponse.FinishReason.ValueType
         """Why it ended."""
         model_id: _builtins.str
         """Model that answered; a base model by its hub name."""
         version: _builtins.int
         """Version that answered, from 1. Unset: a base model."""
+        seed: _builtins.int
+        """The seed that was used, the caller's or a drawn one: asked for again, it gives the same text."""
         @_builtins.property
         def usage(self) -> _generation_pb2.Usage:
             """What was read and written."""
@@ -286,10 +293,11 @@ class StreamGenerateResponse(_message.Message):
             model_id: _builtins.str = ...,
             version: _builtins.int | None = ...,
             timings: _generation_pb2.GenerationTimings | None = ...,
+            seed: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "model_id", b"model_id", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "model_id", b"model_id", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
         _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

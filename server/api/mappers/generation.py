@@ -78,6 +78,7 @@ def generation_to_proto(generation: Generation) -> inference_service_pb2.Generat
         version=generation.model.version,
         timings=timings_to_proto(generation.timings),
         logprobs=[logprobs_to_proto(position) for position in generation.logprobs],
+        seed=generation.seed,
     )
 
 
@@ -94,6 +95,7 @@ def finished_to_proto(finished: GenerationFinished, model: ModelReference) -> in
         model_id=model.model_id,
         version=model.version,
         timings=timings_to_proto(finished.timings),
+        seed=finished.seed,
     )
 
 
