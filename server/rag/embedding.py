@@ -4,12 +4,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +17,9 @@ from server.domain.errors import ServiceError
 from server.domain.generation import EmbedRole
 from server.rag.profiles import EmbeddingProfile, canonical_name, check_supported, read_profile, refuse
 from server.rag.tokenization import EmbeddingTokenizer
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Vectors = npt.NDArray[np.float32]
 
@@ -113,6 +115,9 @@ def _load_transformer(profile: EmbeddingProfile, directory: Path, device: torch.
 
 
 def _load_by_library(profile: EmbeddingProfile, directory: Path, device: torch.device) -> LoadedModel:
+    # A late import: the library takes seconds, and few models need it.
+    from sentence_transformers import SentenceTransformer
+
     model = SentenceTransformer(
         str(directory), device=str(device), local_files_only=True, trust_remote_code=False,
         model_kwargs={"use_safetensors": True, "dtype": torch.float32},
@@ -187,7 +192,7 @@ def _pool(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
 class _LibraryEncoder:
     """Modules that only Sentence Transformers can run (dense layers, other poolings)."""
 
-    def __init__(self, model: SentenceTransformer, profile: EmbeddingProfile) -> None:
+    def __init__(self, model: "SentenceTransformer", profile: EmbeddingProfile) -> None:
         self._model = model
         self._profile = profile
         # Its tokenizer changes its settings in each call.
