@@ -46,8 +46,7 @@ class Stack:
 
     def wait_ready(self) -> None:
         """Wait until REST answers through all parts."""
-        self.wait_until(lambda: self.process.poll() is not None or self._answers(), START_SECONDS)
-        assert self.process.poll() is None, f"the stack did not start:\n{self.read_log()}"
+        self.wait_until(self._answers, START_SECONDS)
 
     def _answers(self) -> bool:
         try:
@@ -128,10 +127,11 @@ class Stack:
                 (directory / name).write_bytes(b"\x80\x04.")
         return str(directory)
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         """Poll until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
+            assert self.process.poll() is None, f"the stack ended:\n{self.read_log()}"
             assert time.monotonic() < deadline, f"it did not happen in {seconds:g} s; the stack said:\n{self.read_log()}"
             time.sleep(0.05)
 

@@ -65,12 +65,12 @@ class TrainingJobs:
         """Cancel a job; give it as it stands then."""
         return self._post(f"/training-jobs/{job_id}/cancel", {})
 
-    def wait_for_state(self, job_id: str, *states: str, seconds: float = 120) -> dict[str, Any]:
+    def wait_for_state(self, job_id: str, *states: str, seconds: float = 240) -> dict[str, Any]:
         """Wait until the job is in one of the states."""
         self.stack.wait_until(lambda: self._is_in(job_id, states), seconds)
         return self.read(job_id)
 
-    def wait_for_end(self, job_id: str, seconds: float = 120) -> dict[str, Any]:
+    def wait_for_end(self, job_id: str, seconds: float = 240) -> dict[str, Any]:
         """Wait until the job is finished."""
         return self.wait_for_state(job_id, *TERMINAL, seconds=seconds)
 

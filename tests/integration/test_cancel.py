@@ -9,6 +9,9 @@ import pytest
 from tests.e2e.stack import MAX_TRAINING_JOBS, Stack, is_alive
 from tests.integration.jobs import TrainingJobs
 
+# Several starts of a child, each of which imports torch; much slower beside other work.
+pytestmark = pytest.mark.timeout(900)
+
 ENDLESS = 100_000
 
 

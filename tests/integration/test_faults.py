@@ -5,6 +5,9 @@ import pytest
 from tests.e2e.stack import Stack, is_alive
 from tests.integration.jobs import TrainingJobs
 
+# Several starts of a child, each of which imports torch; much slower beside other work.
+pytestmark = pytest.mark.timeout(900)
+
 STEPS = 150
 
 

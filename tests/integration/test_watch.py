@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
+
 from tests.integration.jobs import TrainingJobs
+
+# Several starts of a child, each of which imports torch; much slower beside other work.
+pytestmark = pytest.mark.timeout(900)
 
 WATCHERS = 20
 STEPS = 80
