@@ -14,7 +14,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from server.domain.specs import TrainingParameters
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -82,7 +85,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
 
     from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
     from server.basemodels.sources import BaseModelSource
-    from server.domain.specs import LoraTechnique, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+    from server.domain.specs import LoraTechnique
     from server.training.adapters import add_lora, trainable_parameters
     from server.training.batches import BatchPlan
     from server.training.checkpoint import Position
@@ -99,22 +102,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
     records = read_records(options.records / "train.jsonl", tokenizer, max_tokens=options.max_tokens).records
     model = add_lora(load_causal_model(directory, dtype=preferred_dtype()), LoraTechnique(RANK, ALPHA), seed=0)
     parameters = trainable_parameters(model)
-    settings = TrainingParameters(
-        epochs=1.0,
-        max_steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        scheduler=Scheduler.LINEAR,
-        warmup_steps=WARMUP_STEPS,
-        weight_decay=0.0,
-        max_gradient_norm=1.0,
-        max_sequence_tokens=options.max_tokens,
-        overlong_policy=OverlongPolicy.DROP,
-        loss_on=LossOn.ASSISTANT,
-        seed=0,
-        evaluate_every_steps=options.steps,
-        checkpoint_every_steps=options.steps,
-    )
+    settings = make_parameters(options)
     plan = BatchPlan.of(len(records), batch_size=options.batch_size, epochs=1.0, max_steps=options.steps, seed=0)
     position = Position()
     run = Run(
@@ -133,6 +121,28 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
     train(run, position)
     seconds = time.perf_counter() - began
     return finish(options, model, directory, position.tokens, seconds)
+
+
+def make_parameters(options: argparse.Namespace) -> "TrainingParameters":
+    """Give our loop's parameters: no evaluation, no checkpoint inside the measured time."""
+    from server.domain.specs import LossOn, OverlongPolicy, Scheduler, TrainingParameters
+
+    return TrainingParameters(
+        epochs=1.0,
+        max_steps=options.steps,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        scheduler=Scheduler.LINEAR,
+        warmup_steps=WARMUP_STEPS,
+        weight_decay=0.0,
+        max_gradient_norm=1.0,
+        max_sequence_tokens=options.max_tokens,
+        overlong_policy=OverlongPolicy.DROP,
+        loss_on=LossOn.ASSISTANT,
+        seed=0,
+        evaluate_every_steps=options.steps,
+        checkpoint_every_steps=options.steps,
+    )
 
 
 def train_trl(options: argparse.Namespace) -> dict[str, float]:
