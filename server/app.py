@@ -254,5 +254,5 @@ def _configure_logging(role: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(role))
     logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "sentence_transformers", "alembic.runtime.migration"):
+    for noisy in ("httpx", "sentence_transformers", "alembic.runtime"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -23,9 +23,9 @@ def test_without_any_variable_the_promised_defaults_hold() -> None:
 
 def test_the_promised_variables_are_read() -> None:
     settings = read(
-        MODEL_STORAGE_PATH="/tmp/s", MODEL_CACHE_PATH="/tmp/c", MAX_TRAINING_JOBS="3", DEFAULT_BATCH_SIZE="7", DEFAULT_LEARNING_RATE="3e-4"
+        MODEL_STORAGE_PATH="/srv/s", MODEL_CACHE_PATH="/srv/c", MAX_TRAINING_JOBS="3", DEFAULT_BATCH_SIZE="7", DEFAULT_LEARNING_RATE="3e-4"
     )
-    assert (settings.storage_path, settings.cache_path) == (Path("/tmp/s"), Path("/tmp/c"))
+    assert (settings.storage_path, settings.cache_path) == (Path("/srv/s"), Path("/srv/c"))
     assert (settings.max_training_jobs, settings.default_batch_size, settings.default_learning_rate) == (3, 7, 3e-4)
 
 
@@ -38,7 +38,8 @@ def test_an_empty_value_means_unset_as_in_a_compose_file() -> None:
     [
         ("MAX_TRAINING_JOBS", "0"), ("MAX_TRAINING_JOBS", "-1"), ("MAX_TRAINING_JOBS", "two"), ("MAX_TRAINING_JOBS", "1.5"),
         ("DEFAULT_BATCH_SIZE", "0"), ("DEFAULT_BATCH_SIZE", "1000000"),
-        ("DEFAULT_LEARNING_RATE", "nan"), ("DEFAULT_LEARNING_RATE", "inf"), ("DEFAULT_LEARNING_RATE", "0"), ("DEFAULT_LEARNING_RATE", "-1e-3"),
+        ("DEFAULT_LEARNING_RATE", "nan"), ("DEFAULT_LEARNING_RATE", "inf"),
+        ("DEFAULT_LEARNING_RATE", "0"), ("DEFAULT_LEARNING_RATE", "-1e-3"),
         ("MODEL_STORAGE_PATH", "/etc/passwd"), ("MODEL_CACHE_PATH", "/etc/passwd/below"),
         ("DATABASE_URL", "mysql://x"), ("HTTP_PORT", "70000"), ("GRPC_PORT", "0"), ("LOG_LEVEL", "LOUD"), ("LEASE_SECONDS", "2"),
     ],

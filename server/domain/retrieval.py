@@ -79,11 +79,12 @@ class RetrievedChunk:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A verified quote: `quote` stands at char_start:char_end of the document's original text."""
+    """A verified quote: `quote` stands at char_start:char_end of the document's original text. `source` numbers the chunks from 1."""
 
     document_id: str
     chunk_id: str
     char_start: int
     char_end: int
     quote: str
+    source: int
     page: int | None = None

@@ -9,6 +9,7 @@ from server.inference.attention import use_row_attention
 from server.inference.cache import CacheShape, RowCache, Step
 from server.inference.layers import fuse_layers, wrap_linears
 from server.inference.lora import AdapterPool
+from server.inference.precision import make_refiner
 from server.inference.projections import AdapterSelection
 
 
@@ -28,6 +29,7 @@ class Decoder:
             selection = AdapterSelection()
             places = fuse_layers(model, selection) if self._has_row_attention else {}
             places |= wrap_linears(model, selection)
+            self._refiner = make_refiner(model)
         shape = self.cache_shape
         self.adapters = AdapterPool(places, selection, dtype=shape.dtype, device=shape.device, max_ranks=max_adapter_ranks)
 
@@ -44,7 +46,7 @@ class Decoder:
             self._model.base_model(**arguments)
             return None
         logits: torch.Tensor = self._model(**arguments, logits_to_keep=1).logits[:, -1]
-        return logits
+        return self._refiner.refine(logits) if self._refiner is not None else logits
 
 
 def _probe_cache(model: PreTrainedModel, context_tokens: int) -> CacheShape:

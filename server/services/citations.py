@@ -54,6 +54,7 @@ class _Passage:
 class _Source:
     """A numbered source, cut into sentences."""
 
+    number: int
     found: RetrievedChunk
     passages: tuple[_Passage, ...]
 
@@ -79,7 +80,7 @@ def cite_answer(answer: str, sources: Sequence[RetrievedChunk]) -> CheckedCitati
     A marker that names no source, or one that does not support its sentence, is dropped and counted. Sentences without a
     marker are cited where a source clearly holds them. Offsets are those of the document's original text.
     """
-    cut = [_cut(found) for found in sources]
+    cut = [_cut(number, found) for number, found in enumerate(sources, start=1)]
     citations: dict[tuple[str, int, int], Citation] = {}
     dropped_count = 0
     for claim in _read_claims(answer):
@@ -138,10 +139,10 @@ def _distinct(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-def _cut(found: RetrievedChunk) -> _Source:
+def _cut(number: int, found: RetrievedChunk) -> _Source:
     text = found.chunk.text
     passages = (_Passage(start, end, fold_content_words(text[start:end])) for start, end in split_sentences(text))
-    return _Source(found, tuple(passages))
+    return _Source(number, found, tuple(passages))
 
 
 def _attribute(claim: str, words: frozenset[str], sources: Sequence[_Source]) -> _Quote | None:
@@ -187,5 +188,5 @@ def _add(citations: dict[tuple[str, int, int], Citation], quote: _Quote) -> None
     chunk = found.chunk
     start, end = quote.source.passages[quote.first].start, quote.source.passages[quote.last].end
     char_start, char_end = chunk.char_start + start, chunk.char_start + end
-    citation = Citation(found.document_id, chunk.chunk_id, char_start, char_end, chunk.text[start:end], chunk.page)
+    citation = Citation(found.document_id, chunk.chunk_id, char_start, char_end, chunk.text[start:end], quote.source.number, chunk.page)
     citations.setdefault((found.document_id, char_start, char_end), citation)

@@ -96,7 +96,7 @@ RAG_ANSWER = RagAnswer(
         timings=Timings(0.0, 0.1, 0.2),
         model_id="mdl_2",
         generator=ModelReference("org/base", "org/base"),
-        citations=[Citation("doc_1", "chk_1", 2, 7, "quote")],
+        citations=[Citation("doc_1", "chk_1", 2, 7, "quote", 1)],
         dropped_citation_count=0,
         grounded=True,
     ),

@@ -44,7 +44,7 @@ def call_grpc(target: str, method: str, request: dict[str, Any]) -> Refusal | An
         make = channel.unary_stream if described.server_streaming else channel.unary_unary
         call = make(f"/{described.containing_service.full_name}/{name}", request_class.SerializeToString, answer_class.FromString)
         try:
-            answer = call(json_format.ParseDict(request, request_class()), timeout=60)
+            answer: Any = call(json_format.ParseDict(request, request_class()), timeout=60)
             return next(iter(answer)) if described.server_streaming else answer
         except grpc.RpcError as error:
             return _refusal_from_grpc(error)

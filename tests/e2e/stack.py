@@ -25,6 +25,8 @@ START_SECONDS = 180.0
 STOP_SECONDS = 60.0
 # Short leases: a killed worker's job is taken up again within the test's patience.
 VARIABLES = {"MAX_TRAINING_JOBS": str(MAX_TRAINING_JOBS), "LEASE_SECONDS": "6", "HEARTBEAT_SECONDS": "0.3", "TORCH_THREADS": "1"}
+# Away from the defaults, so that a test can tell that they count.
+DEFAULTS = {"DEFAULT_BATCH_SIZE": "5", "DEFAULT_LEARNING_RATE": "0.002"}
 
 
 class Stack:
@@ -36,13 +38,19 @@ class Stack:
         self.api = self.url + API_PREFIX
         self.grpc_target = f"127.0.0.1:{grpc_port}"
         self.data_directory = directory / "data"
+        self.storage_path, self.cache_path = directory / "models-kept", directory / "models-cached"
         self.log_path = directory / "up.log"
+        paths = {"MODEL_STORAGE_PATH": str(self.storage_path), "MODEL_CACHE_PATH": str(self.cache_path)}
         ports = {"DATA_DIRECTORY": str(self.data_directory), "HTTP_PORT": str(http_port), "GRPC_PORT": str(grpc_port)}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "server", "up"],
-                cwd=ROOT, env={**os.environ, **VARIABLES, **ports, **variables}, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                env={**os.environ, **VARIABLES, **DEFAULTS, **paths, **ports, **variables},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def wait_ready(self) -> None:
         """Wait until REST answers through all parts."""

@@ -68,16 +68,22 @@ CASES = [
     missing("TrainingService/GetTrainingJob", job_id=NO_JOB), missing("TrainingService/CancelTrainingJob", job_id=NO_JOB),
     missing("TrainingService/WatchTrainingJob", job_id=NO_JOB), missing("TrainingService/GetTrainingMetrics", job_id=NO_JOB),
     missing("TrainingService/GetDataset", dataset_id=NO_DATASET), missing("TrainingService/DeleteDataset", dataset_id=NO_DATASET),
-    missing("InferenceService/Generate", model_id=NO_MODEL, messages=[USER]), missing("InferenceService/StreamGenerate", model_id="nix", messages=[USER]),
-    missing("InferenceService/RagGenerate", model_id=NO_MODEL, query="x"), missing("InferenceService/StreamRagGenerate", model_id=NO_MODEL, query="x"),
+    missing("InferenceService/Generate", model_id=NO_MODEL, messages=[USER]),
+    missing("InferenceService/StreamGenerate", model_id="nix", messages=[USER]),
+    missing("InferenceService/RagGenerate", model_id=NO_MODEL, query="x"),
+    missing("InferenceService/StreamRagGenerate", model_id=NO_MODEL, query="x"),
     missing("InferenceService/Retrieve", model_id=NO_MODEL, query="x"),
-    tune(("dataset_id",), inline_records=[], dataset_id=NO_DATASET), tune(("base_model",), base_model="no-such-model"), tune(("model_id",), model_id=NO_MODEL),
+    tune(("dataset_id",), inline_records=[], dataset_id=NO_DATASET), tune(("base_model",), base_model="no-such-model"),
+    tune(("model_id",), model_id=NO_MODEL),
     rag(("embedding_model",), embedding_model="no-such-model"), rag(("generator_model_id",), generator_model_id=NO_MODEL),
     # Ids that try to be paths.
-    missing("ModelService/GetModel", model_id="mdl_%2e%2e"), missing("ModelService/GetModel", model_id="..."), missing("ModelService/GetModel", model_id="mdl_x:typo"),
+    missing("ModelService/GetModel", model_id="mdl_%2e%2e"), missing("ModelService/GetModel", model_id="..."),
+    missing("ModelService/GetModel", model_id="mdl_x:typo"),
     missing("TrainingService/GetTrainingJob", job_id="job_' OR 1=1 --"), missing("ModelService/GetModel", model_id="mdl_é\u202e"),
-    tune(("base_model",), base_model="/etc"), tune(("base_model",), base_model="../../etc/passwd"), tune(("base_model",), base_model="a/../b"),
-    missing("InferenceService/Generate", model_id="/etc/passwd", messages=[USER]), missing("InferenceService/Generate", model_id="../x", messages=[USER]),
+    tune(("base_model",), base_model="/etc"), tune(("base_model",), base_model="../../etc/passwd"),
+    tune(("base_model",), base_model="a/../b"),
+    missing("InferenceService/Generate", model_id="/etc/passwd", messages=[USER]),
+    missing("InferenceService/Generate", model_id="../x", messages=[USER]),
     # Numbers.
     number("learning_rate", "NaN"), number("learning_rate", "Infinity"), number("learning_rate", -1), number("learning_rate", 0),
     number("epochs", 1e9), number("epochs", -1), number("batch_size", 0), number("batch_size", 2**31 - 1), number("max_steps", -5),
@@ -98,10 +104,11 @@ CASES = [
     tune(("inline_records[0]",), inline_records=[{"messages": [USER]}]), tune(("inline_records[0]",), inline_records=[{"prompt": "x"}]),
     rag(("prompt_template",), prompt_template="{unknown}"), rag(("documents[0].text",), documents=[{"text": " "}]),
     # Everything at once.
-    tune(("display_name", "base_model", "dataset_id", "parameters.epochs", "parameters.learning_rate", "lora.rank"), display_name="", base_model="nix",
-         inline_records=[], dataset_id="ds_x", parameters={"epochs": 1e9, "learning_rate": "NaN"}, lora={"rank": -1}),
-    ask(("model_id", "messages[0].content", "parameters.temperature", "parameters.max_tokens"), model_id="", messages=[{"role": "user", "content": ""}],
-        parameters={"temperature": -1, "max_tokens": 10**9}),
+    tune(("display_name", "base_model", "dataset_id", "parameters.epochs", "parameters.learning_rate", "lora.rank"),
+         display_name="", base_model="nix", inline_records=[], dataset_id="ds_x",
+         parameters={"epochs": 1e9, "learning_rate": "NaN"}, lora={"rank": -1}),
+    ask(("model_id", "messages[0].content", "parameters.temperature", "parameters.max_tokens"),
+        model_id="", messages=[{"role": "user", "content": ""}], parameters={"temperature": -1, "max_tokens": 10**9}),
 ]  # fmt: skip
 
 
@@ -149,4 +156,4 @@ def test_a_model_directory_with_pickled_weights_or_code_is_refused(stack: Stack,
     by_grpc = call_grpc(stack.grpc_target, "ModelService/CreateFineTunedModel", {**TUNE, "base_model": directory})
     assert isinstance(by_grpc, Refusal)
     assert by_grpc == call_rest(stack.url, "ModelService/CreateFineTunedModel", {**TUNE, "base_model": directory})
-    assert (by_grpc.code, by_grpc.fields) == ("INVALID_ARGUMENT", {"base_model"})
+    assert (by_grpc.code, set(by_grpc.fields)) == ("INVALID_ARGUMENT", {"base_model"})

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from server.inference.attention import ATTENTION_NAME, attend
 from server.inference.cache import RowCache, Step
 from server.inference.decoder import Decoder
+from server.inference.precision import REFINED_TOKENS, LogitRefiner
 
 ROWS, LENGTH = 6, 24
 
@@ -65,3 +66,28 @@ def test_families_of_the_llama_shape_get_fused_layers_and_others_keep_their_own(
         fused = [name for name, module in model.named_modules() if type(module).__name__ == "FusedLayer"]
         assert len(fused) == expected, family
         assert (model.config._attn_implementation == ATTENTION_NAME) == (family != "falcon")
+
+
+def test_the_likeliest_logits_are_exact_and_the_others_stay() -> None:
+    weight = torch.randn(500, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    head = torch.nn.Linear(32, 500, bias=False, dtype=torch.bfloat16)
+    head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    refiner = LogitRefiner(head, weight)
+    hidden = torch.randn(3, 1, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+    coarse = head(hidden)[:, -1]
+    refined = refiner.refine(coarse)
+    exact = hidden[:, -1].float() @ weight.float().T
+    likeliest = coarse.topk(REFINED_TOKENS).indices
+    assert (refined - exact).gather(1, likeliest).abs().max() < 1e-4
+    assert (coarse.float() - exact).gather(1, likeliest).abs().max() > 1e-3
+    others = torch.ones_like(refined).scatter(1, likeliest, 0).bool()
+    assert torch.equal(refined[others], coarse.float()[others])
+
+
+def test_a_head_that_scales_its_logits_is_left_alone() -> None:
+    weight = torch.randn(500, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    head = torch.nn.Linear(32, 500, bias=False, dtype=torch.bfloat16)
+    head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    refiner = LogitRefiner(head, weight)
+    capped = torch.tanh(head(torch.randn(2, 1, 32).bfloat16())[:, -1])
+    assert torch.equal(refiner.refine(capped), capped.float())

@@ -26,7 +26,7 @@ def test_a_held_job_is_cancelled_and_no_process_is_left(stack: Stack, jobs: Trai
     assert job["state"] == "STATE_CANCELLED"
     assert not is_alive(child)
     assert stack.find_role("train") is None
-    assert not list((stack.data_directory / "storage").glob(f"**/{job_id}*"))
+    assert not list(stack.storage_path.glob(f"**/{job_id}*"))
 
 
 def test_a_cancel_takes_effect_within_seconds(stack: Stack, jobs: TrainingJobs) -> None:

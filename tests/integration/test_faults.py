@@ -65,7 +65,7 @@ def test_an_interrupted_job_ends_with_the_weights_of_an_undisturbed_one(stack: S
     digests = []
     for job_id in ids:
         ((path,),) = stack.query("SELECT artifact_path FROM model_versions WHERE job_id = %s", job_id)
-        digests.append((stack.data_directory / "storage" / path / "adapter_model.safetensors").read_bytes())
+        digests.append((stack.storage_path / path / "adapter_model.safetensors").read_bytes())
     assert digests[0] == digests[1]
 
 

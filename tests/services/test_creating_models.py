@@ -103,7 +103,8 @@ async def test_a_rag_model_is_stored_with_its_documents_and_its_job(use_cases: U
 async def test_every_bad_field_of_a_rag_model_is_named_at_once(use_cases: UseCases) -> None:
     request = rag(
         display_name=" ", generator_model_id="mdl_none", embedding_model="none",
-        retrieval=RetrievalOverrides(top_k=0, similarity_threshold=2), max_chunk_tokens=-1, documents=[NewDocument("\0")], prompt_template="{other}",
+        retrieval=RetrievalOverrides(top_k=0, similarity_threshold=2), max_chunk_tokens=-1,
+        documents=[NewDocument("\0")], prompt_template="{other}",
     )  # fmt: skip
     with pytest.raises(InvalidInput) as refusal:
         await use_cases.models.create_rag_model(ORGANIZATION, request)

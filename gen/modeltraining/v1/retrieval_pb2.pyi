@@ -403,6 +403,7 @@ class Citation(_message.Message):
     CHAR_END_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
     QUOTE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Document that is cited."""
     chunk_id: _builtins.str
@@ -415,6 +416,8 @@ class Citation(_message.Message):
     """Page on which it begins, from 1. Unset: the document has no pages."""
     quote: _builtins.str
     """The passage exactly as it stands in the document."""
+    source: _builtins.int
+    """Which of the answer's chunks it stands in, from 1, as the text's own markers ([1]) number them."""
     def __init__(
         self,
         *,
@@ -424,10 +427,11 @@ class Citation(_message.Message):
         char_end: _builtins.int = ...,
         page: _builtins.int | None = ...,
         quote: _builtins.str = ...,
+        source: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "page", b"page"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "char_end", b"char_end", "char_start", b"char_start", "chunk_id", b"chunk_id", "document_id", b"document_id", "page", b"page", "quote", b"quote"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "char_end", b"char_end", "char_start", b"char_start", "chunk_id", b"chunk_id", "document_id", b"document_id", "page", b"page", "quote", b"quote", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__page: _TypeAlias = _typing.Literal["page"]  # noqa: Y015
     _WhichOneofArgType__page: _TypeAlias = _typing.Literal["_page", b"_page"]  # noqa: Y015

@@ -75,6 +75,7 @@ def citation_to_proto(citation: Citation) -> retrieval_pb2.Citation:
         char_end=citation.char_end,
         page=citation.page,
         quote=citation.quote,
+        source=citation.source,
     )
 
 
