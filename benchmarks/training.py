@@ -91,10 +91,8 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
     from server.training.checkpoint import Position
     from server.training.data import TokenizedRecords, read_records
     from server.training.loop import Run, make_optimiser, train
-    from server.training.memory import keep_freed_memory
     from server.training.network import Network
 
-    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     directory = BaseModelSource(options.cache).resolve(BASE_MODEL).directory

@@ -25,7 +25,6 @@ from server.training.batches import BatchPlan
 from server.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from server.training.data import ReadResult, TokenizedRecords, check_records, read_records, split_held_out
 from server.training.loop import Run, Stopped, make_optimiser, train
-from server.training.memory import keep_freed_memory
 from server.training.network import Network
 
 Emit = Callable[[ChildEvent], None]
@@ -35,7 +34,6 @@ ShouldStop = Callable[[], bool]
 def run_fine_tune(order: FineTuneOrder, store: ArtefactStore, source: BaseModelSource, emit: Emit, should_stop: ShouldStop) -> None:
     """Do the job of the order; returns early, with nothing saved, once `should_stop` says so. Raises JobFailure for what cannot work."""
     began = time.perf_counter()
-    keep_freed_memory()
     try:
         base = source.resolve(order.spec.base_model)
         ready = _prepare(order, store, base, emit, should_stop)
