@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # Before grpc is imported: children are started by exec, and its fork handlers can hang.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+    # Before torch is: OpenMP's threads spin while they wait, and where processes share cores that takes nearly all of the time
+    # (training at load 12: 12 tokens per second with the default, 131 with this; on a quiet machine 10 % less than with the default).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     from server.settings import Settings, SettingsError
 
