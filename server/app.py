@@ -149,7 +149,6 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
 
 async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
     import psutil
-    import torch
 
     from server.childprocess import announce_ready
     from server.inference.batching import BatchLimits
@@ -159,8 +158,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     from server.rag.embedding import Embedder
     from server.storage.artefacts import ArtefactStore
 
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    _prepare_torch(settings)
     source = _make_source(settings)
     store = ArtefactStore(settings.storage_path)
     engine = EmbeddedEngine(
@@ -185,14 +183,11 @@ class _Listing:
 
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:
-    import torch
-
     from server.childprocess import run_child
     from server.domain.orders import FineTuneOrder, IndexOrder
     from server.storage.artefacts import ArtefactStore
 
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    _prepare_torch(settings)
     source = _make_source(settings)
 
     def work(order: "Order", emit: "Emit", should_stop: "ShouldStop") -> None:
@@ -209,6 +204,15 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
             raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 
     return run_child(work, events_fd)
+
+
+def _prepare_torch(settings: Settings) -> None:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # bars have no place in a log of JSON lines
+    if settings.torch_threads:
+        torch.set_num_threads(settings.torch_threads)
 
 
 def _make_source(settings: Settings) -> "BaseModelSource":
