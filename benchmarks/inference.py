@@ -1,4 +1,4 @@
-"""Tokens per second of the embedded engine beside transformers' generate, in one run: `python -m benchmarks.inference MODEL_DIRECTORY`.
+"""Tokens per second of the embedded engine beside transformers' generate, in one run: `python -m benchmarks.inference`.
 
 Greedy, prompts of 128 tokens, 128 new ones. The engine is measured through its async interface, with 16 requests that arrive over time.
 Tokens per second of processor time are printed too: with one thread they hold on a machine that others use as well.
@@ -19,11 +19,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.basemodels.loading import preferred_dtype
+from server.basemodels.sources import BaseModelSource
 from server.domain.generation import GenerationFinished, GenerationParameters, GenerationRequest, ModelReference
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
 
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT_TEXT = "The harbour master of a small town keeps a book of every ship that comes and goes, with its cargo and its captain. "
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STREAMS = 16
@@ -159,7 +161,8 @@ async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?", help="a causal model (default: SmolLM2-135M from its package)")
+    parser.add_argument("--cache", type=Path, default=Path(".data/cache"), help="where converted weights are kept")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
@@ -167,12 +170,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    load = Load(make_prompt(arguments.directory, arguments.prompt_tokens), arguments.new_tokens, arguments.repeats)
-    alone = measure_transformers(arguments.directory, load, 1)
-    static = measure_transformers(arguments.directory, load, STREAMS)
+    directory = arguments.directory or BaseModelSource(arguments.cache).resolve(BASE_MODEL).directory
+    load = Load(make_prompt(directory, arguments.prompt_tokens), arguments.new_tokens, arguments.repeats)
+    alone = measure_transformers(directory, load, 1)
+    static = measure_transformers(directory, load, STREAMS)
     with tempfile.TemporaryDirectory() as storage:
-        names = save_adapters(arguments.directory, Path(storage))
-        results = asyncio.run(run_engine(arguments.directory, load, Path(storage), names))
+        names = save_adapters(directory, Path(storage))
+        results = asyncio.run(run_engine(directory, load, Path(storage), names))
     print(f"{torch.get_num_threads()} threads, {preferred_dtype()}: tokens per second, per processor second, ratio to transformers")
     _print("transformers generate, alone", alone, alone)
     _print(f"transformers generate, static {STREAMS}", static, static)

@@ -220,4 +220,4 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Refuse: going back before the first tables would drop all data."""
-    raise NotImplementedError("restore a backup instead")
+    raise RuntimeError("there is no way back before the first tables: restore a backup instead")
