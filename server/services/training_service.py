@@ -1,10 +1,10 @@
 """TrainingService: jobs, their progress, and datasets."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from server.domain.errors import ErrorData, FailedPrecondition
-from server.domain.events import JobEvent, StepDone
+from server.domain.events import StepDone
 from server.domain.jobs import Job, JobState, cancelled_from
 from server.domain.models import ModelState
 from server.services.datasets import Datasets
@@ -12,37 +12,11 @@ from server.services.paging import close_page, open_page
 from server.services.ports import Database, JobFeed, Transaction
 from server.services.requests import Listed, ListJobs
 from server.services.validation import Violations
+from server.services.watching import WatchItem, watch_job
 
-HEARTBEAT_SECONDS = 10.0  # below the idle time-outs of common proxies (60 s and up)
-EVENTS_PER_READ = 500
 DEFAULT_METRIC_POINTS = 1_000
 MAX_METRIC_POINTS = 10_000
 METRIC_NAMES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "eval_loss")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The job as it is when a watch begins."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """Nothing happened for a while; the stream is alive."""
-
-    job_id: str
-    last_sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The job is in a terminal state, and every event was sent."""
-
-    job: Job
-
-
-WatchItem = Snapshot | JobEvent | Heartbeat | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +82,9 @@ class TrainingService:
             for name in names or METRIC_NAMES
         ]
 
-    async def watch_job(self, organization: str, job_id: str, after_sequence: int) -> AsyncIterator[WatchItem]:
-        """Stream a snapshot, every event after `after_sequence` in order, heartbeats while idle, and the end.
-
-        Raises NotFound, InvalidInput.
-
-        Reads the log page by page as the reader takes it: a slow reader costs no memory, and no transaction is open between two items.
-        """
-        found = Violations()
-        found.number("after_sequence", after_sequence, 0, 2**31 - 1)
-        found.raise_if_any()
-        yield Snapshot(await self.get_job(organization, job_id))
-        position = after_sequence
-        while True:
-            async with self._database.transaction(organization) as transaction:
-                # The job first: if it is finished here, the log that is read after it is complete.
-                job = await transaction.jobs.get(job_id)
-                events = await transaction.jobs.list_events(job_id, position, EVENTS_PER_READ)
-            for event in events:
-                yield event
-                position = event.sequence
-            if len(events) == EVENTS_PER_READ:
-                continue
-            if job.is_finished:
-                yield Finished(job)
-                return
-            if not await self._feed.wait(organization, job_id, position, HEARTBEAT_SECONDS):
-                yield Heartbeat(job_id, position)
+    def watch_job(self, organization: str, job_id: str, after_sequence: int) -> AsyncGenerator[WatchItem, None]:
+        """Stream a snapshot, every event after `after_sequence` in order, heartbeats while idle, and the end."""
+        return watch_job(self._database, self._feed, organization, job_id, after_sequence)
 
 
 def _curve(steps: Sequence[StepDone], name: str) -> list[tuple[int, float]]:

@@ -46,8 +46,8 @@ from server.domain.models import ModelState, ModelType
 from server.domain.records import parse_record
 from server.domain.retrieval import MetadataValue, RetrievalOverrides, SearchMode
 from server.domain.specs import LoraTechnique, LossOn, OverlongPolicy, ParametersRequest, Scheduler
-from server.services.training_service import Finished, Heartbeat, Snapshot, WatchItem
 from server.services.validation import Violations
+from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
 from tests.api.samples import DOCUMENT, FINE_TUNE, INDEX, JOB, MODEL, RAG_ANSWER, RAG_MODEL, TIME
 
 Parameters = fine_tuning_pb2.TrainingParameters
@@ -242,6 +242,12 @@ def test_what_is_not_stored_has_no_number() -> None:
     items: list[WatchItem] = [Snapshot(JOB), Heartbeat("job_1", 7), Finished(JOB)]
     written = [events.watch_item_to_proto("job_1", item) for item in items]
     assert [(event.WhichOneof("payload"), event.sequence) for event in written] == [("snapshot", 0), ("heartbeat", 0), ("finished", 0)]
+
+
+def test_a_coalesced_step_says_how_many_it_stands_for() -> None:
+    step = StepDone(9, 10, 0.9, 1.0, 1e-3, 0.5, 90, 40, 250.0, 1.0, 10)
+    event = events.watch_item_to_proto("job_1", CoalescedStep(JobEvent(12, TIME, 1, step), 4))
+    assert (event.sequence, event.step.step, event.step.coalesced_steps) == (12, 9, 4)
 
 
 def test_an_ungrounded_answer_names_no_generation() -> None:

@@ -19,13 +19,17 @@ from server.domain.events import (
     StepDone,
     Warned,
 )
-from server.services.training_service import Finished, Heartbeat, Snapshot, WatchItem
+from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
 
 Event = job_event_pb2.JobEvent
 
 
 def watch_item_to_proto(job_id: str, item: WatchItem) -> Event:
     """Write one item of a watch: a stored event with its number, anything else with number 0."""
+    if isinstance(item, CoalescedStep):
+        event = watch_item_to_proto(job_id, item.event)
+        event.step.coalesced_steps = item.left_out
+        return event
     if isinstance(item, JobEvent):
         event = payload_to_proto(item.payload)
         event.sequence, event.attempt = item.sequence, item.attempt
