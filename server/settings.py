@@ -107,7 +107,9 @@ class Settings:
     heartbeat_seconds: float = _variable(
         "HEARTBEAT_SECONDS", _number(0.0, 600.0), "1", "How often a worker renews its lease and asks whether the job was cancelled."
     )
-    max_job_attempts: int = _variable("MAX_JOB_ATTEMPTS", _integer(1, 100), "5", "Attempts after crashes before a job fails as CRASH_LOOP.")
+    max_job_attempts: int = _variable(
+        "MAX_JOB_ATTEMPTS", _integer(1, 100), "5", "A job fails as CRASH_LOOP at so many crashes without getting further."
+    )
     max_dataset_bytes: int = _variable(
         "MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes."
     )

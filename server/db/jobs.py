@@ -212,6 +212,7 @@ def _describe(organization: str, job: Job) -> dict[str, Any]:
         "peak_memory_bytes": 0,
         "artifact_bytes": 0,
         "attempt": job.attempt,
+        "crashes": 0,
         "last_sequence": 0,
         "last_step": 0,
         "lease_epoch": 0,

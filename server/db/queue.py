@@ -100,8 +100,9 @@ class PostgresJobQueue:
             await connection.execute(insert(checkpoints).values(key | values).on_conflict_do_update(index_elements=list(key), set_=values))
             dropped += await _drop_checkpoints(connection, lease, max(1, keep))
             await record_payloads(connection, job, [CheckpointSaved(checkpoint.step, checkpoint.path, checkpoint.size_bytes)])
-            if job.is_changed:
-                await job.write()
+            # The job got further: what crashed before does not count any more.
+            job.set(crashes=0)
+            await job.write()
             return dropped
 
     async def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
@@ -145,6 +146,7 @@ class PostgresJobQueue:
                 said = error if state else "The document was deleted while it was being indexed."
                 progress = IndexProgress(document_id, done, max(total, done), len(stored) if state else 0, said)
                 await record_payloads(connection, job, [progress])
+                job.set(crashes=0)
                 await job.write()
 
     async def complete(self, lease: Lease, result: ResultReady) -> bool:
@@ -172,8 +174,8 @@ class PostgresJobQueue:
         async with self._database.begin() as connection:
             await settlement.cancel(connection, await _lock(connection, lease))
 
-    async def interrupt(self, lease: Lease, reason: str, max_attempts: int) -> JobState:
-        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after `max_attempts`. Gives the state reached.
+    async def interrupt(self, lease: Lease, reason: str, max_attempts: int | None) -> JobState:
+        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after so many crashes in a row. Gives the state reached.
 
         A job that is CANCELLING becomes CANCELLED, a PAUSING one PAUSED. Raises LeaseLost.
         """

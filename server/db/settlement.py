@@ -72,10 +72,10 @@ async def cancel(connection: AsyncConnection, job: LockedJob) -> None:
     await fail_model(connection, job.row.organization, job.row.model_id, JOB_CANCELLED)
 
 
-async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, max_attempts: int) -> JobState:
-    """Put a job whose child or worker is gone back into the queue; end it where it was to stop, or stopped too often.
+async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, max_attempts: int | None) -> JobState:
+    """Put a job whose child or worker is gone back into the queue; end it where it was to stop, or crashed too often in a row.
 
-    Gives the state reached.
+    `max_attempts` None: it was stopped in order, which does not count. Gives the state reached.
     """
     if job.state is JobState.CANCELLING:
         await cancel(connection, job)
@@ -85,9 +85,10 @@ async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, ma
         await job.write()
         return job.state
     job.move(JobState.INTERRUPTED, reason)
-    attempt = job.row.attempt
-    if attempt >= max_attempts:
-        await fail(connection, job, FailureReason.CRASH_LOOP, _crash_loop(attempt, reason))
+    attempt, crashes = job.row.attempt, job.row.crashes + (max_attempts is not None)
+    job.set(crashes=crashes)
+    if max_attempts is not None and crashes >= max_attempts:
+        await fail(connection, job, FailureReason.CRASH_LOOP, _crash_loop(crashes, reason))
         return job.state
     job.move(JobState.QUEUED, f"attempt {attempt + 1}")
     job.set(attempt=attempt + 1)
@@ -95,9 +96,9 @@ async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, ma
     return job.state
 
 
-def _crash_loop(attempts: int, reason: str) -> ErrorData:
-    message = f"The job stopped unexpectedly {attempts} times, last: {reason}"
-    return ErrorData("ABORTED", FailureReason.CRASH_LOOP, message, {"attempts": str(attempts)})
+def _crash_loop(crashes: int, reason: str) -> ErrorData:
+    message = f"The job stopped unexpectedly {crashes} times in a row without getting further, last: {reason}"
+    return ErrorData("ABORTED", FailureReason.CRASH_LOOP, message, {"crashes": str(crashes)})
 
 
 async def fail_model(connection: AsyncConnection, organization: str, model_id: str, error: ErrorData) -> None:

@@ -177,6 +177,8 @@ jobs = Table(
     _size("peak_memory_bytes"),
     _size("artifact_bytes"),
     _number("attempt"),
+    # In a row: since something of the job's work was last kept.
+    _number("crashes"),
     _number("last_sequence"),
     _number("last_step"),
     # The lease: who holds the job since when and until when. The epoch outlives it.

@@ -30,7 +30,7 @@ _SHUT_DOWN = "The worker was shut down; the job goes on from its last checkpoint
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """How a job is held: the lease's length, how often it is renewed, and how many attempts crashes may use up."""
+    """How a job is held: the lease's length, how often it is renewed, and at which crash in a row it fails."""
 
     lease_seconds: float
     heartbeat_seconds: float
@@ -178,7 +178,7 @@ class JobRunner:
                 return JobState.FAILED
             case _Interrupted():
                 # A shutdown is nobody's fault: it may be repeated without end, crashes may not.
-                max_attempts = self._terms.max_attempts if ending.is_crash else claim.job.attempt + 1
+                max_attempts = self._terms.max_attempts if ending.is_crash else None
                 return await persist(lambda: queue.interrupt(lease, ending.reason, max_attempts))
             case JobState.PAUSING:
                 await persist(lambda: queue.change_state(lease, JobState.PAUSED, "Paused; goes on from its last checkpoint."))

@@ -244,8 +244,11 @@ class JobQueue(Protocol):
     async def cancel(self, lease: Lease) -> None:
         """CANCELLING to CANCELLED; the model too is FAILED (JOB_CANCELLED) where it has no version yet."""
 
-    async def interrupt(self, lease: Lease, reason: str, max_attempts: int) -> JobState:
-        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after `max_attempts`. Gives the state reached."""
+    async def interrupt(self, lease: Lease, reason: str, max_attempts: int | None) -> JobState:
+        """INTERRUPTED, then QUEUED with attempt + 1; gives the state reached.
+
+        FAILED with CRASH_LOOP at the `max_attempts`th crash without a checkpoint or document kept in between; None: no crash.
+        """
 
     async def reap(self, max_attempts: int) -> Sequence[str]:
         """Do the same for jobs whose lease ran out (CANCELLING ones become CANCELLED). Gives their ids."""

@@ -35,7 +35,7 @@ INSERT INTO datasets SELECT 'org' || o, 'ds_' || lpad(n::text, 24, '0'), 'd', 'J
 INSERT INTO jobs SELECT 'org' || o, 'job_' || lpad(n::text, 24, '0'), CASE n % 10 WHEN 0 THEN 'RAG_INDEX' ELSE 'FINE_TUNE' END,
     'mdl_' || lpad(((n - 1) % 100 + 1)::text, 24, '0'),
     CASE WHEN n = 77 THEN 'RUNNING' WHEN n % 100 = 0 THEN 'QUEUED' WHEN n % 100 = 50 THEN 'FAILED' ELSE 'SUCCEEDED' END, '',
-    {spec}, 'base', 'ds_' || lpad(((n - 1) % 100 + 1)::text, 24, '0'), NULL, NULL, '{{}}', NULL, 0, 0, 0, 0, 1, 50, 40, 1,
+    {spec}, 'base', 'ds_' || lpad(((n - 1) % 100 + 1)::text, 24, '0'), NULL, NULL, '{{}}', NULL, 0, 0, 0, 0, 1, 0, 50, 40, 1,
     NULL, NULL, CASE WHEN n = 77 THEN now() + interval '1 day' END, now(), now(), now(), now()
     FROM generate_series(1, 20) o, generate_series(1, 500) n;
 INSERT INTO job_events SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, now(), 1, 'step', s, {step}

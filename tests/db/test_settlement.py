@@ -25,6 +25,7 @@ from tests.db.samples import (
     change_state,
     claim,
     finish_job,
+    make_checkpoint,
     make_chunks,
     make_rag_model,
     make_step,
@@ -171,6 +172,18 @@ async def test_a_job_that_is_interrupted_too_often_fails(database: PostgresDatab
     assert "3 times" in job.error.message
     assert await _model_state(database, lease) is ModelState.FAILED
     assert [event.sequence for event in await read_log(database, lease.job_id)] == list(range(1, job.last_sequence + 1))
+
+
+async def test_crashes_count_from_the_last_checkpoint_and_planned_stops_never(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    lease = await start_job(database, queue)
+    for saved_step, most in ((None, 2), (5, 2), (None, None), (None, None), (9, 2)):
+        if saved_step is not None:
+            await queue.record_checkpoint(lease, make_checkpoint(saved_step), keep=2)
+        assert await queue.interrupt(lease, "gone", most) is JobState.QUEUED
+        lease = (await claim(queue)).lease
+        await queue.change_state(lease, JobState.RUNNING, "")
+    assert await queue.interrupt(lease, "gone", 2) is JobState.FAILED
+    assert (await read_job(database, lease.job_id)).attempt == 6
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ CREATE TABLE jobs (
     peak_memory_bytes BIGINT NOT NULL,
     artifact_bytes BIGINT NOT NULL,
     attempt INTEGER NOT NULL,
+    crashes INTEGER NOT NULL,
     last_sequence INTEGER NOT NULL,
     last_step INTEGER NOT NULL,
     lease_epoch BIGINT NOT NULL,
