@@ -19,10 +19,11 @@ _PATIENCE_SECONDS = 60.0
 class RunningUp:
     """One `up` on a data directory."""
 
-    def __init__(self, data_directory: Path, http_port: int, grpc_port: int) -> None:
+    def __init__(self, data_directory: Path, http_port: int, grpc_port: int, database_url: str = "") -> None:
         self.data_directory = data_directory
         self.lines: list[str] = []
         environment = {"DATA_DIRECTORY": str(data_directory), "HTTP_PORT": str(http_port), "GRPC_PORT": str(grpc_port)}
+        environment["DATABASE_URL"] = database_url
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launcher.up_program"],
             cwd=_ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -23,8 +23,9 @@ class _Place:
         self.directory = directory
         self.started: list[RunningUp] = []
 
-    def start(self, ports: list[int] | None = None) -> RunningUp:
-        self.started.append(RunningUp(self.directory, *(ports or find_free_ports(2))))
+    def start(self, ports: list[int] | None = None, database_url: str = "") -> RunningUp:
+        http_port, grpc_port = ports or find_free_ports(2)
+        self.started.append(RunningUp(self.directory, http_port, grpc_port, database_url))
         return self.started[-1]
 
     def prepare(self, name: str) -> None:
@@ -59,6 +60,15 @@ def test_each_part_is_reported_in_order_and_stopped_in_reverse(place: _Place) ->
     assert (place.directory / "roles" / "stopped").read_text().split() == ["api", "worker", "engine"]
     assert up.lines[-1] == "PostgreSQL is stopped"
     assert "database system is shut down" in (place.directory / "logs" / "postgres.log").read_text()
+
+
+def test_with_database_url_the_outside_server_is_used_and_none_started(place: _Place, empty_database_url: str) -> None:
+    up = place.start(database_url=empty_database_url).wait_ready()
+    assert "PostgreSQL is ready" not in up.lines
+    assert not (place.directory / "postgres").exists()
+    for role in ("migrate", "worker", "api"):
+        assert (place.directory / "roles" / f"{role}.database_url").read_text() == empty_database_url
+    assert up.end(signal.SIGINT) == 0
 
 
 def test_a_second_up_on_the_same_data_directory_is_refused_and_names_the_first(place: _Place) -> None:
