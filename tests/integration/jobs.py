@@ -78,9 +78,10 @@ class TrainingJobs:
         """Wait until a step is logged."""
 
         def is_there() -> bool:
-            job = self._try_read(job_id)
-            assert job is None or job["state"] not in TERMINAL, job
-            return job is not None and job["progress"]["step"] >= step
+            # From the database: the api may be away, and the job goes on meanwhile.
+            [(state, done)] = self.stack.query("SELECT state, (progress->>'step')::int FROM jobs WHERE job_id = %s", job_id)
+            assert f"STATE_{state}" not in TERMINAL, f"{job_id} was {state} before it was seen at step {step}"
+            return bool(done >= step)
 
         self.stack.wait_until(is_there)
 

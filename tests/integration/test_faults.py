@@ -8,7 +8,8 @@ from tests.integration.jobs import TrainingJobs
 # Several starts of a child, each of which imports torch; much slower beside other work.
 pytestmark = pytest.mark.timeout(900)
 
-STEPS = 150
+# The tiny model takes some 10 ms for a step: enough steps that a job still runs when the kill arrives.
+STEPS = 400
 
 
 def _kill(stack: Stack, role: str) -> None:
@@ -43,7 +44,7 @@ def test_a_job_outlives_the_death_of_a_process(stack: Stack, jobs: TrainingJobs,
 
 def test_a_job_outlives_one_death_after_the_other(stack: Stack, jobs: TrainingJobs) -> None:
     job_id = jobs.create_job(STEPS)
-    for step, role in ((20, "train"), (50, "api"), (80, "worker"), (110, "train")):
+    for step, role in ((20, "train"), (60, "api"), (120, "worker"), (200, "train")):
         jobs.wait_for_step(job_id, step)
         _kill(stack, role)
     job = jobs.wait_for_end(job_id)
@@ -52,8 +53,8 @@ def test_a_job_outlives_one_death_after_the_other(stack: Stack, jobs: TrainingJo
 
 
 def test_an_interrupted_job_ends_with_the_weights_of_an_undisturbed_one(stack: Stack, jobs: TrainingJobs) -> None:
-    ids = [jobs.create_job(60) for _ in range(2)]
-    jobs.wait_for_step(ids[0], 30)
+    ids = [jobs.create_job(200) for _ in range(2)]
+    jobs.wait_for_step(ids[0], 50)
     _kill(stack, "worker")
     for job_id in ids:
         jobs.wait_for_end(job_id)
@@ -70,12 +71,12 @@ def test_an_interrupted_job_ends_with_the_weights_of_an_undisturbed_one(stack: S
 
 
 def test_an_index_job_outlives_the_death_of_its_child_and_of_its_worker(stack: Stack, jobs: TrainingJobs) -> None:
-    job_id = jobs.create_index_job(documents=60, words=300)
+    job_id = jobs.create_index_job(documents=120, words=300)
     for step, role in ((5, "index"), (25, "worker")):
         jobs.wait_for_step(job_id, step)
         _kill(stack, role)
     job = jobs.wait_for_end(job_id)
     assert job["state"] == "STATE_SUCCEEDED"
-    assert (job["progress"]["step"], job["progress"]["total_steps"]) == (60, 60)
+    assert (job["progress"]["step"], job["progress"]["total_steps"]) == (120, 120)
     rows = stack.query("SELECT payload->>'document_id' FROM job_events WHERE job_id = %s AND kind = 'index_progress'", job_id)
-    assert len(rows) == len(set(rows)) == 60
+    assert len(rows) == len(set(rows)) == 120
