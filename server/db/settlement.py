@@ -10,10 +10,8 @@ from server.db.tables import model_versions, models
 from server.domain.errors import ErrorData
 from server.domain.events import ResultReady
 from server.domain.jobs import FailureReason, JobKind, JobState
-from server.domain.models import ModelState
+from server.domain.models import JOB_CANCELLED, ModelState
 from server.services.codec import Codec
-
-JOB_CANCELLED = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that was to make the model was cancelled.")
 
 _ERROR = Codec[ErrorData](ErrorData)
 

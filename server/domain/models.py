@@ -26,6 +26,10 @@ class ModelState(StrEnum):
     DELETING = "DELETING"
 
 
+# The error of a model that will never be READY, since the job that was to make it was cancelled.
+JOB_CANCELLED = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that was to make the model was cancelled.")
+
+
 @dataclass(frozen=True, slots=True)
 class RagConfiguration:
     """What a RAG model answers with. `generator_model_id` is a base model or a fine-tuned one."""

@@ -3,10 +3,10 @@
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from server.domain.errors import ErrorData, FailedPrecondition
+from server.domain.errors import FailedPrecondition
 from server.domain.events import StepDone
 from server.domain.jobs import Job, JobState, cancelled_from
-from server.domain.models import ModelState
+from server.domain.models import JOB_CANCELLED, ModelState
 from server.services.datasets import Datasets
 from server.services.paging import close_page, open_page
 from server.services.ports import Database, JobFeed, Transaction
@@ -95,5 +95,4 @@ async def _give_up_model(transaction: Transaction, model_id: str) -> None:
     """A model whose only job was cancelled before it began will never be READY: say so."""
     model = await transaction.models.get(model_id, lock=True)
     if model.state is ModelState.CREATING:
-        error = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that would have made this model was cancelled.")
-        await transaction.models.save(replace(model, state=ModelState.FAILED, error=error))
+        await transaction.models.save(replace(model, state=ModelState.FAILED, error=JOB_CANCELLED))
