@@ -85,7 +85,7 @@ def train_ours(options: argparse.Namespace) -> dict[str, float]:
 
     from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
     from server.basemodels.sources import BaseModelSource
-    from server.domain.specs import LoraTechnique
+    from server.domain.techniques import LoraTechnique
     from server.training.adapters import add_lora, trainable_parameters
     from server.training.batches import BatchPlan
     from server.training.checkpoint import Position

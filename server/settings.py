@@ -93,8 +93,11 @@ class Settings:
     default_batch_size: int = _variable(
         "DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none."
     )
-    default_learning_rate: float = _variable(
-        "DEFAULT_LEARNING_RATE", _number(0.0, 1.0), "0.001", "Peak learning rate where a request names none."
+    default_learning_rate: float | None = _variable(
+        "DEFAULT_LEARNING_RATE",
+        _number(0.0, 1.0),
+        "",
+        "Peak learning rate where a request names none; unset: what suits the technique (LoRA and QLoRA 0.001, full 0.00005).",
     )
     database_url: str | None = _variable("DATABASE_URL", _database_url, "", "An outside PostgreSQL with pgvector; unset: the embedded one.")
     bind_address: str = _variable("BIND_ADDRESS", str, "127.0.0.1", "Address that the HTTP and gRPC ports listen on.")

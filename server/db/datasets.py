@@ -7,9 +7,11 @@ from sqlalchemy import ColumnElement, Row, delete, exists, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.tables import IS_ACTIVE, datasets, jobs
-from server.domain.datasets import Dataset, DatasetFormat, Finding, RecordKind
+from server.domain.datasets import Compression, Dataset, DatasetFormat, RecordKind
 from server.domain.errors import FailedPrecondition, NotFound
+from server.domain.findings import Finding
 from server.domain.ids import DATASET, is_id
+from server.domain.orders import DatasetFile
 from server.services.codec import Codec
 from server.services.ports import Page
 
@@ -38,6 +40,9 @@ class PostgresDatasets:
             "path": dataset.path,
             "findings": _FINDINGS.to_json(dataset.findings),
             "create_time": dataset.create_time,
+            "finding_counts": _FINDINGS.to_json(dataset.finding_counts),
+            "compression": dataset.compression,
+            "source_uri": dataset.source_uri,
         }
         await self._connection.execute(insert(datasets).values(row))
 
@@ -94,4 +99,12 @@ def dataset_from_row(row: Row[Any]) -> Dataset:
         path=row.path,
         create_time=row.create_time,
         findings=tuple(_FINDINGS.from_json(row.findings)),
+        finding_counts=tuple(_FINDINGS.from_json(row.finding_counts)),
+        compression=Compression(row.compression) if row.compression else None,
+        source_uri=row.source_uri,
     )
+
+
+def dataset_file_from_row(row: Row[Any]) -> DatasetFile:
+    """Read of a row of `datasets` what a job needs to read the file."""
+    return DatasetFile(row.path, row.sha256, DatasetFormat(row.format), RecordKind(row.record_kind), row.record_count)

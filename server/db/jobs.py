@@ -13,15 +13,17 @@ from server.db.locked_job import LockedJob
 from server.db.models import ERROR, MAX_INTEGER, uses_model
 from server.db.tables import IS_ACTIVE, IS_QUEUED, checkpoints, job_events, jobs
 from server.domain.errors import NotFound
+from server.domain.estimates import Estimate
 from server.domain.events import Evaluated, JobEvent, StateChanged, StepDone
 from server.domain.ids import DATASET, JOB, MODEL, is_id
 from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
-from server.domain.specs import FineTuneSpec
+from server.domain.specs import FineTuneSpec, IndexSpec
 from server.services.codec import LOGGED_PAYLOAD, SPEC, Codec
 from server.services.ports import JobFilter, Page
 
 PROGRESS = Codec[Progress](Progress)
 BEST = Codec[Best | None](Best | None)
+ESTIMATE = Codec[Estimate | None](Estimate | None)
 _STEP = Codec[StepDone](StepDone)
 _EVALUATED = Codec[Evaluated](Evaluated)
 
@@ -173,7 +175,7 @@ def job_from_row(row: Row[Any]) -> Job:
         error=ERROR.from_json(row.error),
         progress=PROGRESS.from_json(row.progress),
         best=BEST.from_json(row.best),
-        usage=Usage(float(row.compute_seconds), row.tokens, row.peak_memory_bytes, row.artifact_bytes),
+        usage=Usage(float(row.compute_seconds), row.tokens, row.peak_memory_bytes, row.artifact_bytes, row.peak_device_memory_bytes),
         attempt=row.attempt,
         queue_position=row.queue_position,
         lease_epoch=row.lease_epoch,
@@ -181,12 +183,14 @@ def job_from_row(row: Row[Any]) -> Job:
         last_step=row.last_step,
         start_time=row.start_time,
         end_time=row.end_time,
+        estimate=ESTIMATE.from_json(row.estimate),
+        retry_of_job_id=row.retry_of_job_id,
     )
 
 
 def checkpoint_from_row(row: Row[Any]) -> Checkpoint:
     """Read a row of `checkpoints`."""
-    return Checkpoint(row.step, row.path, row.size_bytes, row.create_time, row.eval_loss)
+    return Checkpoint(row.step, row.path, row.size_bytes, row.create_time, row.eval_loss, row.best)
 
 
 def _event_from_row(row: Row[Any]) -> JobEvent:
@@ -195,6 +199,7 @@ def _event_from_row(row: Row[Any]) -> JobEvent:
 
 def _describe(organization: str, job: Job) -> dict[str, Any]:
     spec = job.spec if isinstance(job.spec, FineTuneSpec) else None
+    base_model = None if isinstance(job.spec, IndexSpec) else job.spec.base_model
     return {
         "organization": organization,
         "job_id": job.job_id,
@@ -203,7 +208,7 @@ def _describe(organization: str, job: Job) -> dict[str, Any]:
         "state": JobState.VALIDATING,
         "state_reason": "",
         "spec": SPEC.to_json(job.spec),
-        "base_model": spec.base_model if spec else None,
+        "base_model": base_model,
         "dataset_id": (spec.dataset_id or None) if spec else None,
         "eval_dataset_id": (spec.eval_dataset_id or None) if spec else None,
         "progress": PROGRESS.to_json(job.progress),
@@ -218,6 +223,8 @@ def _describe(organization: str, job: Job) -> dict[str, Any]:
         "lease_epoch": 0,
         "create_time": job.create_time,
         "update_time": job.update_time,
+        "estimate": ESTIMATE.to_json(job.estimate),
+        "retry_of_job_id": job.retry_of_job_id,
     }
 
 

@@ -13,12 +13,14 @@ from server.db.tables import IS_ACTIVE, documents, jobs, model_versions, models
 from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
 from server.domain.models import Model, ModelState, ModelType, ModelVersion, RagConfiguration
+from server.domain.specs import FineTuneSpec
 from server.services.codec import Codec
 from server.services.ports import ModelFilter, Page
 
 MAX_INTEGER = 2**31 - 1
 
 ERROR = Codec[ErrorData | None](ErrorData | None)
+_FINE_TUNE = Codec[FineTuneSpec | None](FineTuneSpec | None)
 _RAG = Codec[RagConfiguration | None](RagConfiguration | None)
 
 
@@ -169,6 +171,11 @@ def version_from_row(row: Row[Any]) -> ModelVersion:
         size_bytes=row.size_bytes,
         create_time=row.create_time,
         metrics=row.metrics,
+        attempt=row.attempt,
+        checkpoint_step=row.checkpoint_step,
+        spec=_FINE_TUNE.from_json(row.spec),
+        library_versions=row.library_versions,
+        template_sha256=row.template_sha256,
     )
 
 

@@ -9,17 +9,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db import settlement
 from server.db.database import PostgresDatabase
+from server.db.datasets import dataset_file_from_row
 from server.db.documents import replace_chunks
 from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
+from server.db.models import version_from_row
 from server.db.progress import record_payloads
-from server.db.tables import IS_HELD, IS_PENDING, IS_QUEUED, checkpoints, datasets, documents, jobs, model_versions, models
+from server.db.tables import IS_HELD, IS_PENDING, IS_QUEUED, checkpoints, datasets, documents, jobs, model_exports, model_versions, models
 from server.domain.documents import DocumentState
 from server.domain.errors import ErrorData, FailedPrecondition
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
-from server.domain.jobs import Checkpoint, FailureReason, JobKind, JobState, may_follow
+from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState, may_follow
+from server.domain.models import ModelVersion
 from server.domain.orders import DocumentText
 from server.domain.retrieval import Chunk
+from server.domain.specs import ExportSpec, FineTuneSpec, VersionReference
 from server.services.ports import Claim, ClaimLimits, Lease
 
 CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that each counts what the others hold
@@ -89,17 +93,25 @@ class PostgresJobQueue:
             await job.write()
 
     async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
-        """Add the row and its event; drop all rows but the latest `keep`, and give the dropped ones for their files. Raises LeaseLost."""
+        """Add the row and its event; drop all rows but the latest `keep` and the best, and give the dropped ones for their files.
+
+        Raises LeaseLost.
+        """
         key = {"organization": lease.organization, "job_id": lease.job_id, "step": checkpoint.step}
         values = {"path": checkpoint.path, "size_bytes": checkpoint.size_bytes, "eval_loss": checkpoint.eval_loss}
-        values["create_time"] = func.clock_timestamp()
+        values |= {"best": checkpoint.best, "create_time": func.clock_timestamp()}
         async with self._database.begin() as connection:
             job = await _lock(connection, lease)
             replaced = await connection.execute(select(checkpoints).where(*(checkpoints.c[name] == value for name, value in key.items())))
             dropped = [checkpoint_from_row(row) for row in replaced if row.path != checkpoint.path]
+            if checkpoint.best:
+                of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
+                await connection.execute(update(checkpoints).where(*of_job, checkpoints.c.best).values(best=False))
             await connection.execute(insert(checkpoints).values(key | values).on_conflict_do_update(index_elements=list(key), set_=values))
             dropped += await _drop_checkpoints(connection, lease, max(1, keep))
-            await record_payloads(connection, job, [CheckpointSaved(checkpoint.step, checkpoint.path, checkpoint.size_bytes)])
+            await record_payloads(
+                connection, job, [CheckpointSaved(checkpoint.step, checkpoint.path, checkpoint.size_bytes, checkpoint.best)]
+            )
             # The job got further: what crashed before does not count any more.
             job.set(crashes=0)
             await job.write()
@@ -196,7 +208,8 @@ class PostgresJobQueue:
         model_path = jobs.c.organization + "/models/" + jobs.c.model_id + "/"
         writing = select(model_path + jobs.c.job_id + "-" + cast(jobs.c.lease_epoch, Text)).where(IS_HELD)
         working = select(jobs.c.organization + "/jobs/" + jobs.c.job_id).where(IS_HELD)
-        named = (select(model_versions.c.artifact_path), select(checkpoints.c.path), select(datasets.c.path))
+        results = (select(model_versions.c.artifact_path), select(model_exports.c.artifact_path))
+        named = (*results, select(checkpoints.c.path), select(datasets.c.path))
         async with self._database.begin() as connection:
             return set(await connection.scalars(union_all(*named, writing, working)))
 
@@ -228,20 +241,44 @@ async def _lock(connection: AsyncConnection, lease: Lease) -> LockedJob:
 async def _read_claim(connection: AsyncConnection, lease: Lease) -> Claim:
     own = (jobs.c.organization == lease.organization, jobs.c.job_id == lease.job_id)
     row = (await connection.execute(select_jobs().where(*own))).one()
+    job = job_from_row(row)
     of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
-    latest = (await connection.execute(select(checkpoints).where(*of_job).order_by(checkpoints.c.step.desc()).limit(1))).one_or_none()
+    kept = [checkpoint_from_row(each) for each in await connection.execute(select(checkpoints).where(*of_job))]
     named = [each for each in (row.dataset_id, row.eval_dataset_id) if each is not None]
-    query = select(datasets.c.dataset_id, datasets.c.path)
-    found = await connection.execute(query.where(datasets.c.organization == lease.organization, datasets.c.dataset_id.in_(named)))
-    paths = dict(found.all())
-    checkpoint = checkpoint_from_row(latest) if latest else None
-    return Claim(lease, job_from_row(row), checkpoint, paths.get(row.dataset_id), paths.get(row.eval_dataset_id))
+    query = select(datasets).where(datasets.c.organization == lease.organization, datasets.c.dataset_id.in_(named))
+    files = {each.dataset_id: dataset_file_from_row(each) for each in await connection.execute(query)}
+    return Claim(
+        lease,
+        job,
+        max(kept, key=lambda checkpoint: checkpoint.step, default=None),
+        files.get(row.dataset_id),
+        files.get(row.eval_dataset_id),
+        next((checkpoint for checkpoint in kept if checkpoint.best), None),
+        await _read_version(connection, lease.organization, job),
+    )
+
+
+async def _read_version(connection: AsyncConnection, organization: str, job: Job) -> ModelVersion | None:
+    """Read the version that an export writes or a warm start begins with; None for any other job, and where it is gone."""
+    match job.spec:
+        case ExportSpec(version=version):
+            model_id = job.model_id
+        case FineTuneSpec(warm_start_from=VersionReference(model_id=model_id, version=int(version))):
+            pass
+        case _:
+            return None
+    of_model = (model_versions.c.organization == organization, model_versions.c.model_id == model_id)
+    row = (await connection.execute(select(model_versions).where(*of_model, model_versions.c.version == version))).one_or_none()
+    return version_from_row(row) if row else None
 
 
 async def _drop_checkpoints(connection: AsyncConnection, lease: Lease, keep: int) -> list[Checkpoint]:
     of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
     older = select(checkpoints.c.step).where(*of_job).order_by(checkpoints.c.step.desc()).offset(keep)
-    gone = await connection.execute(delete(checkpoints).where(*of_job, checkpoints.c.step.in_(older)).returning(checkpoints))
+    # The best one is kept beside the latest: the result may be made of it.
+    gone = await connection.execute(
+        delete(checkpoints).where(*of_job, checkpoints.c.step.in_(older), ~checkpoints.c.best).returning(checkpoints)
+    )
     return [checkpoint_from_row(row) for row in gone]
 
 

@@ -6,7 +6,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.locked_job import LockedJob
-from server.db.tables import model_versions, models
+from server.db.tables import model_exports, model_versions, models
 from server.domain.errors import ErrorData
 from server.domain.events import ResultReady
 from server.domain.jobs import FailureReason, JobKind, JobState
@@ -20,9 +20,14 @@ async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultRea
     """Move a FINALIZING job to SUCCEEDED, with the model version that it made. The model becomes READY and serves it."""
     row = job.row
     job.move(JobState.SUCCEEDED)
-    job.set(artifact_bytes=result.size_bytes, peak_memory_bytes=max(row.peak_memory_bytes, result.peak_memory_bytes))
+    job.set(
+        artifact_bytes=result.size_bytes,
+        peak_memory_bytes=max(row.peak_memory_bytes, result.peak_memory_bytes),
+        peak_device_memory_bytes=max(row.peak_device_memory_bytes, result.peak_device_memory_bytes),
+    )
     await job.write()
     if row.kind == JobKind.EXPORT:
+        await _insert_export(connection, row, result)
         return
     own = (models.c.organization == row.organization, models.c.model_id == row.model_id)
     ready: dict[str, Any] = {"state": ModelState.READY, "error": None, "update_time": func.clock_timestamp()}
@@ -48,9 +53,30 @@ async def _insert_version(connection: AsyncConnection, row: Any, result: ResultR
         "size_bytes": result.size_bytes,
         "metrics": dict(result.metrics),
         "create_time": func.clock_timestamp(),
+        "attempt": row.attempt,
+        "checkpoint_step": result.checkpoint_step,
+        "spec": row.spec,
+        "library_versions": dict(result.library_versions),
+        "template_sha256": result.template_sha256,
     }
     await connection.execute(insert(model_versions).values(version))
     return (latest or 0) + 1
+
+
+async def _insert_export(connection: AsyncConnection, row: Any, result: ResultReady) -> None:
+    export = {
+        "organization": row.organization,
+        "model_id": row.model_id,
+        "version": row.spec["version"],
+        "format": row.spec["format"],
+        "job_id": row.job_id,
+        "artifact_path": result.artifact_path,
+        "manifest_sha256": result.manifest_sha256,
+        "size_bytes": result.size_bytes,
+        "metrics": dict(result.metrics),
+        "create_time": func.clock_timestamp(),
+    }
+    await connection.execute(insert(model_exports).values(export))
 
 
 async def fail(connection: AsyncConnection, job: LockedJob, reason: FailureReason, error: ErrorData) -> None:

@@ -121,10 +121,37 @@ model_versions = Table(
     _size("size_bytes"),
     _json("metrics"),
     _time("create_time"),
+    _number("attempt"),
+    _number("checkpoint_step"),
+    _json("spec", nullable=True),
+    _json("library_versions"),
+    _text("template_sha256"),
     PrimaryKeyConstraint("organization", "model_id", "version"),
     UniqueConstraint("organization", "job_id", name="model_versions_of_job"),
     ForeignKeyConstraint(
         ["organization", "model_id"], ["models.organization", "models.model_id"], name="model_versions_of_model", ondelete="CASCADE"
+    ),
+)
+
+model_exports = Table(
+    "model_exports",
+    metadata,
+    _id("organization"),
+    _id("model_id"),
+    _number("version"),
+    _text("format"),
+    _id("job_id"),
+    _text("artifact_path"),
+    _text("manifest_sha256"),
+    _size("size_bytes"),
+    _json("metrics"),
+    _time("create_time"),
+    PrimaryKeyConstraint("organization", "model_id", "version", "format"),
+    ForeignKeyConstraint(
+        ["organization", "model_id", "version"],
+        ["model_versions.organization", "model_versions.model_id", "model_versions.version"],
+        name="model_exports_of_version",
+        ondelete="CASCADE",
     ),
 )
 
@@ -143,6 +170,9 @@ datasets = Table(
     _text("path"),
     _json("findings"),
     _time("create_time"),
+    _json("finding_counts"),
+    Column("compression", Text),
+    _text("source_uri"),
     PrimaryKeyConstraint("organization", "dataset_id"),
 )
 
@@ -190,6 +220,9 @@ jobs = Table(
     _time("update_time"),
     _time("start_time", nullable=True),
     _time("end_time", nullable=True),
+    _json("estimate", nullable=True),
+    _id("retry_of_job_id", nullable=True),
+    _size("peak_device_memory_bytes"),
     PrimaryKeyConstraint("organization", "job_id"),
     ForeignKeyConstraint(["organization", "model_id"], ["models.organization", "models.model_id"], name="jobs_model"),
     _of_dataset("dataset_id"),
@@ -199,6 +232,8 @@ jobs = Table(
     Index("jobs_by_kind", "organization", "kind", "job_id"),
     Index("jobs_by_dataset", "organization", "dataset_id", postgresql_where=text("dataset_id IS NOT NULL")),
     Index("jobs_by_eval_dataset", "organization", "eval_dataset_id", postgresql_where=text("eval_dataset_id IS NOT NULL")),
+    # One retry of each job at most; and the way back along a chain of them.
+    Index("jobs_by_retried", "organization", "retry_of_job_id", unique=True, postgresql_where=text("retry_of_job_id IS NOT NULL")),
     Index("jobs_active", "organization", "base_model", postgresql_where=IS_ACTIVE),
     # The worker looks over all organizations; these stay as small as the queue is.
     Index("jobs_queued", "job_id", "kind", postgresql_where=IS_QUEUED),
@@ -232,6 +267,7 @@ checkpoints = Table(
     _size("size_bytes"),
     Column("eval_loss", Double),
     _time("create_time"),
+    Column("best", Boolean, nullable=False),
     PrimaryKeyConstraint("organization", "job_id", "step"),
     ForeignKeyConstraint(["organization", "job_id"], ["jobs.organization", "jobs.job_id"], name="checkpoints_of_job", ondelete="CASCADE"),
 )

@@ -5,11 +5,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from server.domain.findings import Finding
+
 
 class DatasetFormat(StrEnum):
     """The form of an uploaded file."""
 
     JSONL = "JSONL"
+    JSON = "JSON"
+    CSV = "CSV"
+    PARQUET = "PARQUET"
+
+
+class Compression(StrEnum):
+    """How a file is packed, if it is."""
+
+    GZIP = "GZIP"
+    ZSTD = "ZSTD"
 
 
 class RecordKind(StrEnum):
@@ -18,15 +30,10 @@ class RecordKind(StrEnum):
     CHAT = "CHAT"
     COMPLETION = "COMPLETION"
     MIXED = "MIXED"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One bad record: its line (from 1), a stable code and a sentence."""
-
-    line: int
-    code: str
-    message: str
+    INSTRUCTION = "INSTRUCTION"
+    SHAREGPT = "SHAREGPT"
+    TEXT = "TEXT"
+    PREFERENCE = "PREFERENCE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +51,6 @@ class Dataset:
     path: str
     create_time: datetime
     findings: Sequence[Finding] = ()
+    finding_counts: Sequence[Finding] = ()
+    compression: Compression | None = None
+    source_uri: str = ""

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Literal
 
 from server.domain.errors import ErrorData
+from server.domain.findings import Finding
 from server.domain.jobs import FailureReason, JobState
 from server.domain.retrieval import Chunk
 
@@ -70,11 +71,12 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A checkpoint is whole on disk. `path` is relative to MODEL_STORAGE_PATH."""
+    """A checkpoint is whole on disk. `path` is relative to MODEL_STORAGE_PATH; `best`: its evaluation was the best so far."""
 
     step: int
     path: str
     size_bytes: int
+    best: bool = False
     kind: Literal["checkpoint"] = "checkpoint"
 
 
@@ -85,6 +87,51 @@ class Warned:
     code: str
     message: str
     kind: Literal["warning"] = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """The child reads its records and turns them into tokens."""
+
+    records: int
+    total_records: int
+    tokens: int
+    kind: Literal["preparing"] = "preparing"
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBucket:
+    """How many sequences have at most so many tokens, and more than the bucket before."""
+
+    up_to_tokens: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataChecked:
+    """The records were read: what is trained, and what was found in them (one finding per code, with its count)."""
+
+    train_sequences: int
+    eval_sequences: int
+    tokens: int
+    trained_tokens: int
+    dropped_records: int = 0
+    cut_records: int = 0
+    lengths: Sequence[LengthBucket] = ()
+    findings: Sequence[Finding] = ()
+    duration_seconds: float = 0.0
+    cached: bool = False
+    kind: Literal["data_checked"] = "data_checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A fixed prompt was answered, greedily, by the model as it is after `step`."""
+
+    step: int
+    prompt: str
+    text: str
+    kind: Literal["sample"] = "sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +146,7 @@ class IndexProgress:
     kind: Literal["index_progress"] = "index_progress"
 
 
-LoggedPayload = StateChanged | Started | StepDone | Evaluated | CheckpointSaved | Warned | IndexProgress
+LoggedPayload = StateChanged | Preparing | DataChecked | Started | StepDone | Evaluated | CheckpointSaved | Sampled | Warned | IndexProgress
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +169,18 @@ class Finalizing:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """Child to worker: told to pause, it has saved its state (a CheckpointSaved came before) and ends."""
+
+    kind: Literal["paused"] = "paused"
+
+
+@dataclass(frozen=True, slots=True)
 class ResultReady:
-    """Child to worker: the result is whole. For RAG_INDEX only the kind matters."""
+    """Child to worker: the result is whole. For RAG_INDEX only the kind matters.
+
+    `checkpoint_step` is the step whose weights the result has; `library_versions` and `template_sha256` are lineage.
+    """
 
     artifact_path: str = ""
     manifest_sha256: str = ""
@@ -132,6 +189,10 @@ class ResultReady:
     metrics: Mapping[str, float] = field(default_factory=dict)
     compute_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int = 0
+    checkpoint_step: int = 0
+    library_versions: Mapping[str, str] = field(default_factory=dict)
+    template_sha256: str = ""
     kind: Literal["result_ready"] = "result_ready"
 
 
@@ -145,7 +206,21 @@ class Failed:
     kind: Literal["failed"] = "failed"
 
 
-ChildEvent = Started | StepDone | Evaluated | CheckpointSaved | Warned | DocumentIndexed | Finalizing | ResultReady | Failed
+ChildEvent = (
+    Preparing
+    | DataChecked
+    | Started
+    | StepDone
+    | Evaluated
+    | CheckpointSaved
+    | Sampled
+    | Warned
+    | DocumentIndexed
+    | Finalizing
+    | Paused
+    | ResultReady
+    | Failed
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 
 from server.domain.errors import ErrorData
-from server.domain.specs import FineTuneSpec, IndexSpec
+from server.domain.estimates import Estimate
+from server.domain.specs import Spec
 
 
 class JobKind(StrEnum):
@@ -128,6 +129,7 @@ class Usage:
     tokens: int = 0
     peak_memory_bytes: int = 0
     artifact_bytes: int = 0
+    peak_device_memory_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Job:
     kind: JobKind
     model_id: str
     state: JobState
-    spec: FineTuneSpec | IndexSpec
+    spec: Spec
     create_time: datetime
     update_time: datetime
     state_reason: str = ""
@@ -153,6 +155,8 @@ class Job:
     last_step: int = 0
     start_time: datetime | None = None
     end_time: datetime | None = None
+    estimate: Estimate | None = None
+    retry_of_job_id: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -169,3 +173,18 @@ class Checkpoint:
     size_bytes: int
     create_time: datetime
     eval_loss: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a job. `job_id` may be that of a job which this one tries again."""
+
+    job_id: str
+    attempt: int
+    state: JobState
+    reason: str = ""
+    error: ErrorData | None = None
+    last_step: int | None = None
+    start_time: datetime | None = None
+    end_time: datetime | None = None

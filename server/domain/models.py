@@ -1,12 +1,13 @@
 """Models: what is served, its versions, and the settings of a RAG model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from server.domain.errors import ErrorData
 from server.domain.retrieval import Chunking, RetrievalSettings
+from server.domain.specs import ExportFormat, FineTuneSpec
 
 
 class ModelType(StrEnum):
@@ -65,6 +66,19 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelExport:
+    """A version in another form, ready to download. `artifact_path` is relative to MODEL_STORAGE_PATH."""
+
+    format: ExportFormat
+    job_id: str
+    artifact_path: str
+    manifest_sha256: str
+    size_bytes: int
+    create_time: datetime
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """An immutable result. `artifact_path` is relative to MODEL_STORAGE_PATH; `manifest_sha256` seals every file in it."""
 
@@ -78,3 +92,9 @@ class ModelVersion:
     size_bytes: int
     create_time: datetime
     metrics: Mapping[str, float] = field(default_factory=dict)
+    attempt: int = 1
+    checkpoint_step: int = 0
+    spec: FineTuneSpec | None = None  # None: made before versions kept it; the job still has it
+    library_versions: Mapping[str, str] = field(default_factory=dict)
+    template_sha256: str = ""
+    exports: Sequence[ModelExport] = ()

@@ -3,24 +3,40 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from server.domain.specs import FineTuneSpec, IndexSpec
+from server.domain.datasets import DatasetFormat, RecordKind
+from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFile:
+    """Where a dataset's file lies and how to read it. `record_kind` MIXED: recognised record by record."""
+
+    path: str
+    sha256: str
+    format: DatasetFormat
+    record_kind: RecordKind
+    record_count: int
 
 
 @dataclass(frozen=True, slots=True)
 class FineTuneOrder:
     """Train. Paths are relative to MODEL_STORAGE_PATH; `checkpoint_path` is the checkpoint to go on from.
 
-    Checkpoints go to `{job_path}/checkpoint-{step}-{lease_epoch}`, the result to `artifact_path`.
+    Checkpoints go to `{job_path}/checkpoint-{step}-{lease_epoch}`, the result to `artifact_path`. `best_checkpoint_path` is the
+    checkpoint of the best evaluation so far, where it is kept; `warm_start_path` the artefact whose weights training starts from.
     """
 
     job_id: str
     lease_epoch: int
     spec: FineTuneSpec
-    dataset_path: str
+    dataset: DatasetFile
     job_path: str
     artifact_path: str
-    eval_dataset_path: str | None = None
+    eval_dataset: DatasetFile | None = None
     checkpoint_path: str | None = None
+    best_checkpoint_path: str | None = None
+    warm_start_path: str | None = None
+    warm_start_manifest_sha256: str | None = None
     kind: Literal["fine_tune"] = "fine_tune"
 
 
@@ -36,7 +52,20 @@ class IndexOrder:
     kind: Literal["rag_index"] = "rag_index"
 
 
-Order = FineTuneOrder | IndexOrder
+@dataclass(frozen=True, slots=True)
+class ExportOrder:
+    """Write the version at `version_path` (sealed by its manifest) in another form to `artifact_path`."""
+
+    job_id: str
+    lease_epoch: int
+    spec: ExportSpec
+    version_path: str
+    version_manifest_sha256: str
+    artifact_path: str
+    kind: Literal["export"] = "export"
+
+
+Order = FineTuneOrder | IndexOrder | ExportOrder
 
 
 @dataclass(frozen=True, slots=True)

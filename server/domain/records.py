@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.domain.datasets import Finding
+from server.domain.findings import Finding
 from server.domain.generation import ChatMessage, Role
 
 MAX_RECORD_BYTES = 4 << 20  # a longer line is no training record; bounds the memory of a reader

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Literal
 
 from server.domain.retrieval import Chunking
+from server.domain.techniques import Technique
 
 
 class Scheduler(StrEnum):
@@ -20,32 +21,50 @@ class OverlongPolicy(StrEnum):
 
     REJECT = "REJECT"
     DROP = "DROP"
+    TRUNCATE_PROMPT_LEFT = "TRUNCATE_PROMPT_LEFT"
+    SPLIT = "SPLIT"
 
 
 class LossOn(StrEnum):
     """Which tokens are trained."""
 
     ASSISTANT = "ASSISTANT"
+    COMPLETION = "COMPLETION"
+    ALL = "ALL"
+
+
+class Objective(StrEnum):
+    """What training makes better."""
+
+    SUPERVISED = "SUPERVISED"
+    DPO = "DPO"  # Rafailov et al. 2023
+    ORPO = "ORPO"  # Hong et al. 2024
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it learns from pairs of a chosen and a rejected answer."""
+        return self is not Objective.SUPERVISED
+
+
+DEFAULT_PREFERENCE_STRENGTH = 0.1
+DEFAULT_SAMPLE_TOKENS = 64
+DEFAULT_PATIENCE = 3
 
 
 @dataclass(frozen=True, slots=True)
-class LoraTechnique:
-    """Low-rank adapters beside frozen weights (Hu et al. 2021). `target_modules` names linear layers, or the one word all-linear."""
+class EarlyStopping:
+    """Stop after `patience` evaluations none of which was better than the best by more than `min_delta` (nats)."""
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ("all-linear",)
-    kind: Literal["lora"] = "lora"
-
-
-# The other techniques of the contract join here, each with its `kind`.
-Technique = LoraTechnique
+    patience: int = DEFAULT_PATIENCE
+    min_delta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingParameters:
-    """Every number of a fine-tuning run, resolved. Exactly one of `epochs` and `max_steps` rules: max_steps where it is set."""
+    """Every number of a fine-tuning run, resolved. Exactly one of `epochs` and `max_steps` rules: max_steps where it is set.
+
+    `micro_batch_tokens` and `gradient_checkpointing` None: what suits the machine and the memory.
+    """
 
     epochs: float
     max_steps: int | None
@@ -61,6 +80,17 @@ class TrainingParameters:
     seed: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
+    # What follows came with the second version of the contract: jobs stored before it have these values.
+    packing: bool = True
+    objective: Objective = Objective.SUPERVISED
+    preference_strength: float = DEFAULT_PREFERENCE_STRENGTH
+    micro_batch_tokens: int | None = None
+    gradient_checkpointing: bool | None = None
+    retry_out_of_memory: bool = True
+    keep_best: bool = False
+    early_stopping: EarlyStopping | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = DEFAULT_SAMPLE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +112,24 @@ class ParametersRequest:
     seed: int | None = None
     evaluate_every_steps: int | None = None
     checkpoint_every_steps: int | None = None
+    packing: bool | None = None
+    objective: Objective | None = None
+    preference_strength: float | None = None
+    micro_batch_tokens: int | None = None
+    gradient_checkpointing: bool | None = None
+    retry_out_of_memory: bool | None = None
+    keep_best: bool | None = None
+    early_stopping: EarlyStopping | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionReference:
+    """A version of a model; None: the one that is served."""
+
+    model_id: str
+    version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +143,7 @@ class FineTuneSpec:
     parameters: TrainingParameters
     eval_dataset_id: str | None = None
     eval_fraction: float = 0.0
+    warm_start_from: VersionReference | None = None
     kind: Literal["fine_tune"] = "fine_tune"
 
 
@@ -105,3 +154,23 @@ class IndexSpec:
     embedding_model: str
     chunking: Chunking = field(default_factory=Chunking)
     kind: Literal["rag_index"] = "rag_index"
+
+
+class ExportFormat(StrEnum):
+    """As what a version is exported."""
+
+    ADAPTER = "ADAPTER"
+    MERGED = "MERGED"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSpec:
+    """An EXPORT job, whole: writes a version as files that plain transformers and peft load."""
+
+    base_model: str
+    version: int
+    format: ExportFormat
+    kind: Literal["export"] = "export"
+
+
+Spec = FineTuneSpec | IndexSpec | ExportSpec

@@ -10,8 +10,8 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path
 
-from server.domain.orders import DocumentText, FineTuneOrder, IndexOrder, Order
-from server.domain.specs import FineTuneSpec
+from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, IndexOrder, Order
+from server.domain.specs import ExportSpec, IndexSpec
 from server.services.codec import Codec
 from server.services.ports import Claim
 
@@ -45,21 +45,38 @@ class JobFiles:
     async def write_order(self, claim: Claim, documents: AsyncIterator[DocumentText]) -> Order:
         """Make the child's order; for an index job this writes its documents file first."""
         job = claim.job
-        if not isinstance(job.spec, FineTuneSpec):
+        if isinstance(job.spec, IndexSpec):
             path = f"{self.job_path(claim)}/documents-{claim.lease.epoch}.jsonl"
             count = await self._write_documents(path, documents)
             return IndexOrder(job.job_id, claim.lease.epoch, job.spec, path, count)
-        if claim.dataset_path is None:
+        if isinstance(job.spec, ExportSpec):
+            return self._order_export(claim, job.spec)
+        if claim.dataset is None:
             raise ValueError(f"job {job.job_id} was claimed without its dataset")
         return FineTuneOrder(
             job_id=job.job_id,
             lease_epoch=claim.lease.epoch,
             spec=job.spec,
-            dataset_path=claim.dataset_path,
+            dataset=claim.dataset,
             job_path=self.job_path(claim),
             artifact_path=self.artifact_path(claim),
-            eval_dataset_path=claim.eval_dataset_path,
+            eval_dataset=claim.eval_dataset,
             checkpoint_path=claim.checkpoint.path if claim.checkpoint else None,
+            best_checkpoint_path=claim.best_checkpoint.path if claim.best_checkpoint else None,
+            warm_start_path=claim.version.artifact_path if claim.version else None,
+            warm_start_manifest_sha256=claim.version.manifest_sha256 if claim.version else None,
+        )
+
+    def _order_export(self, claim: Claim, spec: ExportSpec) -> ExportOrder:
+        if claim.version is None:
+            raise ValueError(f"job {claim.job.job_id} was claimed without its version")
+        return ExportOrder(
+            job_id=claim.job.job_id,
+            lease_epoch=claim.lease.epoch,
+            spec=spec,
+            version_path=claim.version.artifact_path,
+            version_manifest_sha256=claim.version.manifest_sha256,
+            artifact_path=self.artifact_path(claim),
         )
 
     async def _write_documents(self, path: str, documents: AsyncIterator[DocumentText]) -> int:

@@ -10,12 +10,15 @@ from server.domain.errors import Unavailable
 from server.domain.events import (
     CheckpointSaved,
     ChildEvent,
+    DataChecked,
     DocumentIndexed,
     Evaluated,
     Failed,
     Finalizing,
     LoggedPayload,
+    Preparing,
     ResultReady,
+    Sampled,
     Started,
     StepDone,
     Warned,
@@ -73,7 +76,7 @@ class Relay:
             case Evaluated():
                 self._last_evaluation = event
                 self._pending.append(event)
-            case StepDone() | Warned():
+            case StepDone() | Warned() | Preparing() | DataChecked() | Sampled():
                 self._pending.append(event)
             case CheckpointSaved():
                 await self._record_checkpoint(event)
@@ -102,7 +105,7 @@ class Relay:
         await self._flush()
         evaluated = self._last_evaluation
         eval_loss = evaluated.loss if evaluated and evaluated.step == event.step else None
-        checkpoint = Checkpoint(event.step, event.path, event.size_bytes, datetime.now(UTC), eval_loss)
+        checkpoint = Checkpoint(event.step, event.path, event.size_bytes, datetime.now(UTC), eval_loss, event.best)
         dropped = await persist(lambda: self._queue.record_checkpoint(self._lease, checkpoint, _KEEP_CHECKPOINTS))
         for old in dropped:
             await asyncio.to_thread(self._files.delete, old.path)

@@ -9,7 +9,7 @@ from typing_extensions import TypeForm
 from server.domain.events import ChildEvent, LoggedPayload
 from server.domain.generation import TokenEvent
 from server.domain.orders import Order
-from server.domain.specs import FineTuneSpec, IndexSpec
+from server.domain.specs import Spec
 
 T = TypeVar("T")
 
@@ -47,5 +47,5 @@ class Codec(Generic[T]):
 ORDER = Codec[Order](Order)
 CHILD_EVENT = Codec[ChildEvent](ChildEvent)
 LOGGED_PAYLOAD = Codec[LoggedPayload](LoggedPayload)
-SPEC = Codec[FineTuneSpec | IndexSpec](FineTuneSpec | IndexSpec)
+SPEC = Codec[Spec](Spec)
 TOKEN_EVENT = Codec[TokenEvent](TokenEvent)

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from server.domain.datasets import Dataset, DatasetFormat, Finding, RecordKind
+from server.domain.datasets import Dataset, DatasetFormat, RecordKind
 from server.domain.errors import FailedPrecondition, FieldViolation, InvalidInput
+from server.domain.findings import Finding
 from server.domain.ids import DATASET, new_id
 from server.domain.records import RecordInvalid, parse_record
 from server.services.idempotency import find_issued, hash_body, remember

@@ -6,25 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from server.domain.datasets import Dataset
+from server.domain.datasets import Dataset, RecordKind
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType
 from server.domain.records import RecordInvalid, parse_record
 from server.domain.specs import (
+    DEFAULT_PREFERENCE_STRENGTH,
+    DEFAULT_SAMPLE_TOKENS,
     FineTuneSpec,
-    LoraTechnique,
     LossOn,
+    Objective,
     OverlongPolicy,
     ParametersRequest,
     Scheduler,
     TrainingParameters,
 )
+from server.domain.techniques import LoraTechnique, Technique
 from server.services.datasets import Datasets
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
 from server.services.requests import Created, CreateFineTunedModel
+from server.services.technique_checks import check_technique
 from server.services.validation import MAX_CONTEXT_TOKENS, MAX_SEED, Violations
 
 METHOD = "CreateFineTunedModel"
@@ -35,14 +39,18 @@ DEFAULT_SEQUENCE_TOKENS = 2_048
 # A crash costs at most a fifth of the work, and on long jobs at most so many steps.
 DEFAULT_CHECKPOINTS = 5
 MAX_DEFAULT_CHECKPOINT_STEPS = 50
+# Preference tuning moves a model that can already answer: the papers and TRL take a tenth and less of the supervised rate.
+PREFERENCE_RATE_SHARE = 0.05
+MAX_SAMPLE_PROMPTS = 8
+MAX_SAMPLE_PROMPT_CHARACTERS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
 class FineTuneDefaults:
-    """What the deployment fills in: DEFAULT_BATCH_SIZE (records) and DEFAULT_LEARNING_RATE."""
+    """What the deployment fills in: DEFAULT_BATCH_SIZE (records) and DEFAULT_LEARNING_RATE (None: the technique's own)."""
 
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
 
 
 class FineTuning:
@@ -95,21 +103,29 @@ class FineTuning:
 
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:
         fraction = request.eval_fraction or 0.0
+        technique = request.technique or LoraTechnique()
+        pairs = dataset is not None and dataset.record_kind is RecordKind.PREFERENCE
         records = dataset.record_count if dataset else len(request.inline_records)
         trained = max(1, records - math.floor(records * fraction))
         return FineTuneSpec(
             base_model=base_model,
             dataset_id=dataset.dataset_id if dataset else "",
             dataset_sha256=dataset.sha256 if dataset else "",
-            technique=request.technique or LoraTechnique(),
-            parameters=resolve_parameters(request.parameters, self._defaults, trained),
+            technique=technique,
+            parameters=resolve_parameters(
+                request.parameters, self._defaults, technique, trained, pairs=pairs, held_out=evaluation is not None or fraction > 0
+            ),
             eval_dataset_id=evaluation.dataset_id if evaluation else None,
             eval_fraction=fraction,
+            warm_start_from=request.warm_start_from,
         )
 
 
-def resolve_parameters(asked: ParametersRequest, defaults: FineTuneDefaults, records: int) -> TrainingParameters:
-    """Fill in what was left out, for `records` training records."""
+def resolve_parameters(
+    asked: ParametersRequest, defaults: FineTuneDefaults, technique: Technique, records: int, *, pairs: bool = False, held_out: bool = False
+) -> TrainingParameters:
+    """Fill in what was left out, for `records` training records; `pairs`: they are preferences, `held_out`: some are for evaluation."""
+    objective = asked.objective or (Objective.DPO if pairs else Objective.SUPERVISED)
     batch_size = asked.batch_size or defaults.batch_size
     epochs = asked.epochs or DEFAULT_EPOCHS
     steps = asked.max_steps or max(1, math.ceil(records / batch_size * epochs))
@@ -119,7 +135,7 @@ def resolve_parameters(asked: ParametersRequest, defaults: FineTuneDefaults, rec
         epochs=epochs,
         max_steps=asked.max_steps,
         batch_size=batch_size,
-        learning_rate=asked.learning_rate or defaults.learning_rate,
+        learning_rate=asked.learning_rate or _default_learning_rate(defaults, technique, objective),
         scheduler=asked.scheduler or Scheduler.COSINE,
         warmup_steps=math.ceil(steps * warmup_ratio) if asked.warmup_steps is None else asked.warmup_steps,
         weight_decay=asked.weight_decay or 0.0,
@@ -130,7 +146,23 @@ def resolve_parameters(asked: ParametersRequest, defaults: FineTuneDefaults, rec
         seed=asked.seed or 0,
         evaluate_every_steps=asked.evaluate_every_steps or every,
         checkpoint_every_steps=asked.checkpoint_every_steps or every,
+        packing=asked.packing is not False,
+        objective=objective,
+        preference_strength=asked.preference_strength or DEFAULT_PREFERENCE_STRENGTH,
+        micro_batch_tokens=asked.micro_batch_tokens,
+        gradient_checkpointing=asked.gradient_checkpointing,
+        retry_out_of_memory=asked.retry_out_of_memory is not False,
+        keep_best=held_out if asked.keep_best is None else asked.keep_best,
+        early_stopping=asked.early_stopping,
+        sample_prompts=asked.sample_prompts,
+        sample_tokens=asked.sample_tokens or DEFAULT_SAMPLE_TOKENS,
     )
+
+
+def _default_learning_rate(defaults: FineTuneDefaults, technique: Technique, objective: Objective) -> float:
+    if defaults.learning_rate is not None:
+        return defaults.learning_rate
+    return technique.default_learning_rate * (PREFERENCE_RATE_SHARE if objective.needs_pairs else 1.0)
 
 
 async def check_base_model(base_models: BaseModels, found: Violations, field: str, base_model: str) -> None:
@@ -155,8 +187,12 @@ def _check_plain(found: Violations, request: CreateFineTunedModel) -> None:
     if request.eval_dataset_id and request.eval_fraction:
         found.add("eval_fraction", "give at most one of eval_dataset_id and eval_fraction")
     found.number("eval_fraction", request.eval_fraction, 0, 0.5)
+    if request.parameters.early_stopping is not None and not (request.eval_dataset_id or request.eval_fraction):
+        found.add("parameters.early_stopping", "needs held-out records: give eval_dataset_id or eval_fraction")
+    if request.parameters.keep_best and not (request.eval_dataset_id or request.eval_fraction):
+        found.add("parameters.checkpointing.keep_best", "needs held-out records: give eval_dataset_id or eval_fraction")
     if request.technique:
-        _check_lora(found, request.technique)
+        check_technique(found, request.technique, request.parameters)
     check_parameters(found, request.parameters)
     _check_inline(found, request.inline_records)
 
@@ -170,16 +206,6 @@ def _check_inline(found: Violations, lines: Sequence[bytes]) -> None:
             parse_record(line)
         except RecordInvalid as error:
             found.add(f"inline_records[{place}]", f"{error.code}: {error}")
-
-
-def _check_lora(found: Violations, technique: LoraTechnique) -> None:
-    found.number("lora.rank", technique.rank, 1, 1024)
-    found.number("lora.alpha", technique.alpha, 0, 65_536, above=True)
-    found.number("lora.dropout", technique.dropout, 0, 0.9)
-    if len(technique.target_modules) > 64:
-        found.add("lora.target_modules", "must be at most 64 names")
-    for place, name in enumerate(technique.target_modules[:64]):
-        found.text(f"lora.target_modules[{place}]", name, 128, least=1)
 
 
 def check_parameters(found: Violations, asked: ParametersRequest) -> None:
@@ -201,6 +227,16 @@ def check_parameters(found: Violations, asked: ParametersRequest) -> None:
     number(f"{prefix}seed", asked.seed, 0, MAX_SEED)
     number(f"{prefix}evaluation.every_steps", asked.evaluate_every_steps, 1, 1_000_000)
     number(f"{prefix}checkpointing.every_steps", asked.checkpoint_every_steps, 1, 1_000_000)
+    number(f"{prefix}preference_strength", asked.preference_strength, 0, 100, above=True)
+    number(f"{prefix}micro_batch_tokens", asked.micro_batch_tokens, 64, 1 << 20)
+    number(f"{prefix}evaluation.sample_tokens", asked.sample_tokens, 1, 512)
+    if asked.early_stopping is not None:
+        number(f"{prefix}early_stopping.patience", asked.early_stopping.patience, 1, 100)
+        number(f"{prefix}early_stopping.min_delta", asked.early_stopping.min_delta, 0, 1_000)
+    if len(asked.sample_prompts) > MAX_SAMPLE_PROMPTS:
+        found.add(f"{prefix}evaluation.sample_prompts", f"must be at most {MAX_SAMPLE_PROMPTS}, not {len(asked.sample_prompts)}")
+    for place, prompt in enumerate(asked.sample_prompts[:MAX_SAMPLE_PROMPTS]):
+        found.text(f"{prefix}evaluation.sample_prompts[{place}]", prompt, MAX_SAMPLE_PROMPT_CHARACTERS, least=1)
 
 
 async def _find_target(transaction: Transaction, found: Violations, model_id: str, base_model: str) -> Model | None:
@@ -241,7 +277,7 @@ def _new_model(request: CreateFineTunedModel, base_model: str) -> Model:
         labels=dict(request.labels),
         state=ModelState.CREATING,
         base_model=base_model,
-        technique=(request.technique or LoraTechnique()).kind.upper(),
+        technique=(request.technique or LoraTechnique()).family,
         create_time=now,
         update_time=now,
     )

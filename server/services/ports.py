@@ -15,7 +15,7 @@ from server.domain.events import Evaluated, JobEvent, LoggedPayload, ResultReady
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, ModelVersion
-from server.domain.orders import DocumentText
+from server.domain.orders import DatasetFile, DocumentText
 from server.domain.retrieval import Chunk, RetrievedChunk
 
 
@@ -197,8 +197,11 @@ class Claim:
     lease: Lease
     job: Job
     checkpoint: Checkpoint | None
-    dataset_path: str | None = None
-    eval_dataset_path: str | None = None
+    dataset: DatasetFile | None = None
+    eval_dataset: DatasetFile | None = None
+    best_checkpoint: Checkpoint | None = None
+    # Of an export the version, of a warm start the version that it starts from.
+    version: ModelVersion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +228,7 @@ class JobQueue(Protocol):
         """Move the job and log it. A job that is CANCELLING stays so for any state but CANCELLED (no error: heartbeat tells)."""
 
     async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
-        """Add the row and its event; drop all rows but the latest `keep`, and give the dropped ones for their files."""
+        """Add the row and its event; drop all rows but the latest `keep` and the best, and give the dropped ones for their files."""
 
     def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
         """Stream the texts of the model's PENDING documents."""

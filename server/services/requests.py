@@ -10,7 +10,8 @@ from server.domain.generation import ChatMessage, GenerationParameters
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalOverrides
-from server.domain.specs import LoraTechnique, ParametersRequest
+from server.domain.specs import ParametersRequest, VersionReference
+from server.domain.techniques import Technique
 from server.services.ports import JobFilter, ModelFilter
 
 T = TypeVar("T")
@@ -74,7 +75,7 @@ class CreateFineTunedModel:
 
     display_name: str
     base_model: str
-    technique: LoraTechnique | None
+    technique: Technique | None
     parameters: ParametersRequest
     description: str = ""
     model_id: str = ""
@@ -85,6 +86,7 @@ class CreateFineTunedModel:
     labels: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""
     validate_only: bool = False
+    warm_start_from: VersionReference | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.specs import LoraTechnique
+from server.domain.techniques import LoraTechnique
 
 ALL_LINEAR = "all-linear"
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from server.basemodels.errors import RenderingRefused
 from server.basemodels.rendering import render_record
-from server.domain.datasets import Finding
+from server.domain.findings import Finding
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.records import MAX_RECORD_BYTES, RecordInvalid, parse_record
 from server.domain.specs import OverlongPolicy

@@ -114,9 +114,9 @@ def _read_data(
         _warn(result, max_tokens, emit if order.checkpoint_path is None else _keep_quiet)
         return result.records
 
-    records = read(order.dataset_path)
-    if order.eval_dataset_path is not None:
-        return records, read(order.eval_dataset_path)
+    records = read(order.dataset.path)
+    if order.eval_dataset is not None:
+        return records, read(order.eval_dataset.path)
     return split_held_out(records, order.spec.eval_fraction, settings.seed)
 
 

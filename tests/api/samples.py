@@ -8,7 +8,8 @@ from server.domain.generation import FinishReason, ModelReference, Timings, Toke
 from server.domain.jobs import Best, Job, JobKind, JobState, Progress, Usage
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, Citation, RetrievalSettings, RetrievedChunk, Scores
-from server.domain.specs import FineTuneSpec, IndexSpec, LoraTechnique, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.techniques import LoraTechnique
 from server.services.rag_answers import RagAnswer, RagFinished, RetrievalTimings, Sources
 
 TIME = datetime(2026, 11, 23, tzinfo=UTC)

@@ -45,7 +45,8 @@ from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.records import parse_record
 from server.domain.retrieval import MetadataValue, RetrievalOverrides, SearchMode
-from server.domain.specs import LoraTechnique, LossOn, OverlongPolicy, ParametersRequest, Scheduler
+from server.domain.specs import LossOn, OverlongPolicy, ParametersRequest, Scheduler
+from server.domain.techniques import LoraTechnique
 from server.services.validation import Violations
 from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
 from tests.api.samples import DOCUMENT, FINE_TUNE, INDEX, JOB, MODEL, RAG_ANSWER, RAG_MODEL, TIME

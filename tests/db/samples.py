@@ -9,14 +9,16 @@ from numpy.typing import NDArray
 
 from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
-from server.domain.datasets import Dataset, DatasetFormat, Finding, RecordKind
+from server.domain.datasets import Dataset, DatasetFormat, RecordKind
 from server.domain.documents import NewDocument
 from server.domain.events import Evaluated, JobEvent, ResultReady, StepDone
+from server.domain.findings import Finding
 from server.domain.ids import CHUNK, DATASET, DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalSettings
-from server.domain.specs import FineTuneSpec, IndexSpec, LoraTechnique, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.techniques import LoraTechnique
 from server.services.ports import Claim, ClaimLimits, Lease
 
 ORGANIZATION = "default"

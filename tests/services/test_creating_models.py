@@ -9,7 +9,8 @@ from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput
 from server.domain.jobs import JobState
 from server.domain.models import ModelState
 from server.domain.retrieval import RetrievalOverrides
-from server.domain.specs import FineTuneSpec, IndexSpec, LoraTechnique, ParametersRequest
+from server.domain.specs import FineTuneSpec, IndexSpec, ParametersRequest
+from server.domain.techniques import LoraTechnique
 from server.services.ports import JobFilter, ModelFilter
 from server.services.requests import AddDocuments, CreateRagModel, ListJobs, ListModels, PageRequest, UpdateModel
 from tests.services.conftest import BASE_MODEL, EMBEDDING_MODEL, GOOD_LINE, ORGANIZATION, UseCases, fine_tune

@@ -8,7 +8,8 @@ from pathlib import Path
 from server.basemodels.sources import BaseModelSource
 from server.domain.events import ChildEvent
 from server.domain.orders import FineTuneOrder
-from server.domain.specs import FineTuneSpec, LoraTechnique, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.specs import FineTuneSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import ArtefactStore
 from server.training.run import run_fine_tune
 from tests.tiny_models import build_tiny_causal_model

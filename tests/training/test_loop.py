@@ -9,7 +9,7 @@ import torch
 from server.basemodels.loading import load_causal_model
 from server.domain.events import ChildEvent, StepDone, Warned
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.specs import LoraTechnique
+from server.domain.techniques import LoraTechnique
 from server.training.adapters import add_lora, trainable_parameters
 from server.training.batches import BatchPlan
 from server.training.checkpoint import Position

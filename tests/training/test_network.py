@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from server.basemodels.loading import load_causal_model
 from server.domain.jobs import JobFailure
-from server.domain.specs import LoraTechnique
+from server.domain.techniques import LoraTechnique
 from server.training.adapters import add_lora, trainable_parameters
 from server.training.attention import MAX_EXPLICIT_TOKENS, attend_packed, attend_record
 from server.training.batches import MicroBatch, make_micro_batch

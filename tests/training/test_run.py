@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from server.basemodels.loading import load_causal_model, preferred_dtype
 from server.domain.events import CheckpointSaved, ChildEvent, Evaluated, Finalizing, ResultReady, Started, StepDone, Warned
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.specs import LoraTechnique
+from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import MANIFEST_NAME
 from server.training.artefact import WEIGHTS_NAME, try_result
 from tests.tiny_models import CHATML, FAMILIES

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!modeltraining/v1/base_model.proto\x12\x10modeltraining.v1\"\xae\x04\n\tBaseModel\x12\x15\n\rbase_model_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x1c\n\x0fparameter_count\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63ontext_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0f\n\x07license\x18\x07 \x01(\t\x12\r\n\x05gated\x18\x08 \x01(\x08\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\x12\x11\n\tlanguages\x18\n \x03(\t\x12\x17\n\nsize_bytes\x18\x0b \x01(\x01H\x02\x88\x01\x01\x12>\n\x0c\x61vailability\x18\x0c \x01(\x0e\x32(.modeltraining.v1.BaseModel.Availability\x12\x1b\n\x13\x61vailability_reason\x18\r \x01(\t\x12\x0c\n\x04note\x18\x0e \x01(\t\"\x9c\x01\n\x0c\x41vailability\x12\x1c\n\x18\x41VAILABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41VAILABILITY_LOCAL\x10\x01\x12\x19\n\x15\x41VAILABILITY_DOWNLOAD\x10\x02\x12\x1d\n\x19\x41VAILABILITY_TOKEN_NEEDED\x10\x03\x12\x1c\n\x18\x41VAILABILITY_UNAVAILABLE\x10\x04\x42\x12\n\x10_parameter_countB\x11\n\x0f_context_tokensB\r\n\x0b_size_bytesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!modeltraining/v1/base_model.proto\x12\x10modeltraining.v1\"\xdd\x04\n\tBaseModel\x12\x15\n\rbase_model_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x1c\n\x0fparameter_count\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0e\x63ontext_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x0f\n\x07license\x18\x07 \x01(\t\x12\r\n\x05gated\x18\x08 \x01(\x08\x12\x0c\n\x04\x63hat\x18\t \x01(\x08\x12\x11\n\tlanguages\x18\n \x03(\t\x12\x17\n\nsize_bytes\x18\x0b \x01(\x01H\x02\x88\x01\x01\x12>\n\x0c\x61vailability\x18\x0c \x01(\x0e\x32(.modeltraining.v1.BaseModel.Availability\x12\x1b\n\x13\x61vailability_reason\x18\r \x01(\t\x12\x1b\n\x13lora_target_modules\x18\x0f \x03(\t\x12\x10\n\x08revision\x18\x10 \x01(\t\x12\x0c\n\x04note\x18\x0e \x01(\t\"\x9c\x01\n\x0c\x41vailability\x12\x1c\n\x18\x41VAILABILITY_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41VAILABILITY_LOCAL\x10\x01\x12\x19\n\x15\x41VAILABILITY_DOWNLOAD\x10\x02\x12\x1d\n\x19\x41VAILABILITY_TOKEN_NEEDED\x10\x03\x12\x1c\n\x18\x41VAILABILITY_UNAVAILABLE\x10\x04\x42\x12\n\x10_parameter_countB\x11\n\x0f_context_tokensB\r\n\x0b_size_bytesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.base_model
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BASEMODEL']._serialized_start=56
-  _globals['_BASEMODEL']._serialized_end=614
-  _globals['_BASEMODEL_AVAILABILITY']._serialized_start=404
-  _globals['_BASEMODEL_AVAILABILITY']._serialized_end=560
+  _globals['_BASEMODEL']._serialized_end=661
+  _globals['_BASEMODEL_AVAILABILITY']._serialized_start=451
+  _globals['_BASEMODEL_AVAILABILITY']._serialized_end=607
 # @@protoc_insertion_point(module_scope)

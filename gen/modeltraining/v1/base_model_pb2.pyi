@@ -69,6 +69,8 @@ class BaseModel(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     AVAILABILITY_FIELD_NUMBER: _builtins.int
     AVAILABILITY_REASON_FIELD_NUMBER: _builtins.int
+    LORA_TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     base_model_id: _builtins.str
     """Hub name, for example "HuggingFaceTB/SmolLM2-135M-Instruct". Works wherever a base model or a model to generate with is asked for."""
@@ -92,6 +94,8 @@ class BaseModel(_message.Message):
     """Whether it can be loaded here now."""
     availability_reason: _builtins.str
     """Why it cannot be loaded here or what it needs first, one sentence. Empty: nothing is missing."""
+    revision: _builtins.str
+    """Which revision of its files is taken: a commit of the hub, or a rule, for example "the newest when first used, then kept". Empty: local."""
     note: _builtins.str
     """What a user should know before choosing it. Empty: nothing special."""
     @_builtins.property
@@ -101,6 +105,10 @@ class BaseModel(_message.Message):
     @_builtins.property
     def languages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Languages it was made for, BCP 47 codes. Empty: not known."""
+
+    @_builtins.property
+    def lora_target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the linear layers that a LoRA adapter takes by default. Empty: all linear layers but the output head."""
 
     def __init__(
         self,
@@ -118,11 +126,13 @@ class BaseModel(_message.Message):
         size_bytes: _builtins.float | None = ...,
         availability: Global___BaseModel.Availability.ValueType = ...,
         availability_reason: _builtins.str = ...,
+        lora_target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        revision: _builtins.str = ...,
         note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_tokens", b"_context_tokens", "_parameter_count", b"_parameter_count", "_size_bytes", b"_size_bytes", "context_tokens", b"context_tokens", "parameter_count", b"parameter_count", "size_bytes", b"size_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_tokens", b"_context_tokens", "_parameter_count", b"_parameter_count", "_size_bytes", b"_size_bytes", "aliases", b"aliases", "availability", b"availability", "availability_reason", b"availability_reason", "base_model_id", b"base_model_id", "chat", b"chat", "context_tokens", b"context_tokens", "display_name", b"display_name", "family", b"family", "gated", b"gated", "languages", b"languages", "license", b"license", "note", b"note", "parameter_count", b"parameter_count", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_tokens", b"_context_tokens", "_parameter_count", b"_parameter_count", "_size_bytes", b"_size_bytes", "aliases", b"aliases", "availability", b"availability", "availability_reason", b"availability_reason", "base_model_id", b"base_model_id", "chat", b"chat", "context_tokens", b"context_tokens", "display_name", b"display_name", "family", b"family", "gated", b"gated", "languages", b"languages", "license", b"license", "lora_target_modules", b"lora_target_modules", "note", b"note", "parameter_count", b"parameter_count", "revision", b"revision", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_tokens: _TypeAlias = _typing.Literal["context_tokens"]  # noqa: Y015
     _WhichOneofArgType__context_tokens: _TypeAlias = _typing.Literal["_context_tokens", b"_context_tokens"]  # noqa: Y015

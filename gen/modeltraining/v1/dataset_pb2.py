@@ -26,17 +26,25 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from modeltraining.v1 import finding_pb2 as modeltraining_dot_v1_dot_finding__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emodeltraining/v1/dataset.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1emodeltraining/v1/finding.proto\"\xa2\x04\n\x07\x44\x61taset\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x30\n\x06\x66ormat\x18\x03 \x01(\x0e\x32 .modeltraining.v1.Dataset.Format\x12\x39\n\x0brecord_kind\x18\x04 \x01(\x0e\x32$.modeltraining.v1.Dataset.RecordKind\x12\x12\n\nsize_bytes\x18\x05 \x01(\x01\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x14\n\x0crecord_count\x18\x07 \x01(\x05\x12\x1c\n\x14invalid_record_count\x18\x08 \x01(\x05\x12+\n\x08\x66indings\x18\t \x03(\x0b\x32\x19.modeltraining.v1.Finding\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"V\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46ORMAT_JSONL\x10\x01\x12\x0e\n\nFORMAT_CSV\x10\x02\x12\x12\n\x0e\x46ORMAT_PARQUET\x10\x03\"r\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_CHAT\x10\x01\x12\x1a\n\x16RECORD_KIND_COMPLETION\x10\x02\x12\x15\n\x11RECORD_KIND_MIXED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emodeltraining/v1/dataset.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1emodeltraining/v1/finding.proto\"\xeb\x02\n\x0fPreviewedRecord\x12\x0e\n\x06record\x18\x01 \x01(\x05\x12\x0c\n\x04line\x18\x02 \x01(\x05\x12=\n\tsequences\x18\x03 \x03(\x0b\x32*.modeltraining.v1.PreviewedRecord.Sequence\x12+\n\x08\x66indings\x18\x04 \x03(\x0b\x32\x19.modeltraining.v1.Finding\x1aH\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07trained\x18\x03 \x01(\x08\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x1a\x83\x01\n\x08Sequence\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x37\n\x06tokens\x18\x02 \x03(\x0b\x32\'.modeltraining.v1.PreviewedRecord.Token\x12\x13\n\x0btoken_count\x18\x03 \x01(\x05\x12\x1b\n\x13trained_token_count\x18\x04 \x01(\x05\"\xf8\x06\n\x07\x44\x61taset\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x30\n\x06\x66ormat\x18\x03 \x01(\x0e\x32 .modeltraining.v1.Dataset.Format\x12\x39\n\x0brecord_kind\x18\x04 \x01(\x0e\x32$.modeltraining.v1.Dataset.RecordKind\x12\x12\n\nsize_bytes\x18\x05 \x01(\x01\x12\x0e\n\x06sha256\x18\x06 \x01(\t\x12\x14\n\x0crecord_count\x18\x07 \x01(\x05\x12\x1c\n\x14invalid_record_count\x18\x08 \x01(\x05\x12+\n\x08\x66indings\x18\t \x03(\x0b\x32\x19.modeltraining.v1.Finding\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x0b\x63ompression\x18\x0b \x01(\x0e\x32%.modeltraining.v1.Dataset.Compression\x12\x31\n\x0e\x66inding_counts\x18\x0c \x03(\x0b\x32\x19.modeltraining.v1.Finding\x12\x12\n\nsource_uri\x18\r \x01(\t\"g\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46ORMAT_JSONL\x10\x01\x12\x0e\n\nFORMAT_CSV\x10\x02\x12\x12\n\x0e\x46ORMAT_PARQUET\x10\x03\x12\x0f\n\x0b\x46ORMAT_JSON\x10\x04\"V\n\x0b\x43ompression\x12\x1b\n\x17\x43OMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x43OMPRESSION_GZIP\x10\x01\x12\x14\n\x10\x43OMPRESSION_ZSTD\x10\x02\"\xdb\x01\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_CHAT\x10\x01\x12\x1a\n\x16RECORD_KIND_COMPLETION\x10\x02\x12\x15\n\x11RECORD_KIND_MIXED\x10\x03\x12\x1b\n\x17RECORD_KIND_INSTRUCTION\x10\x04\x12\x18\n\x14RECORD_KIND_SHAREGPT\x10\x05\x12\x14\n\x10RECORD_KIND_TEXT\x10\x06\x12\x1a\n\x16RECORD_KIND_PREFERENCE\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.dataset_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATASET']._serialized_start=118
-  _globals['_DATASET']._serialized_end=664
-  _globals['_DATASET_FORMAT']._serialized_start=462
-  _globals['_DATASET_FORMAT']._serialized_end=548
-  _globals['_DATASET_RECORDKIND']._serialized_start=550
-  _globals['_DATASET_RECORDKIND']._serialized_end=664
+  _globals['_PREVIEWEDRECORD']._serialized_start=118
+  _globals['_PREVIEWEDRECORD']._serialized_end=481
+  _globals['_PREVIEWEDRECORD_TOKEN']._serialized_start=275
+  _globals['_PREVIEWEDRECORD_TOKEN']._serialized_end=347
+  _globals['_PREVIEWEDRECORD_SEQUENCE']._serialized_start=350
+  _globals['_PREVIEWEDRECORD_SEQUENCE']._serialized_end=481
+  _globals['_DATASET']._serialized_start=484
+  _globals['_DATASET']._serialized_end=1372
+  _globals['_DATASET_FORMAT']._serialized_start=959
+  _globals['_DATASET_FORMAT']._serialized_end=1062
+  _globals['_DATASET_COMPRESSION']._serialized_start=1064
+  _globals['_DATASET_COMPRESSION']._serialized_end=1150
+  _globals['_DATASET_RECORDKIND']._serialized_start=1153
+  _globals['_DATASET_RECORDKIND']._serialized_end=1372
 # @@protoc_insertion_point(module_scope)

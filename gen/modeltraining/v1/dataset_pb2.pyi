@@ -22,6 +22,110 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class PreviewedRecord(_message.Message):
+    """A record as a base model reads it: exactly what is trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Token(_message.Message):
+        """A token of the record."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TOKEN_ID_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        TRAINED_FIELD_NUMBER: _builtins.int
+        WEIGHT_FIELD_NUMBER: _builtins.int
+        token_id: _builtins.int
+        """Its id in the base model's vocabulary."""
+        text: _builtins.str
+        """Its text. Bytes that are no whole character are shown as U+FFFD."""
+        trained: _builtins.bool
+        """True: its prediction is trained."""
+        weight: _builtins.float
+        """How much its prediction counts, 1 unless the record says otherwise. 0 where it is not trained."""
+        def __init__(
+            self,
+            *,
+            token_id: _builtins.int = ...,
+            text: _builtins.str = ...,
+            trained: _builtins.bool = ...,
+            weight: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_id", b"token_id", "trained", b"trained", "weight", b"weight"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Sequence(_message.Message):
+        """A sequence that is trained as one. A record gives one; a text that is split several, a preference pair two."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+        TRAINED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """"record", "part 1", …, "chosen" or "rejected"."""
+        token_count: _builtins.int
+        """Tokens in all."""
+        trained_token_count: _builtins.int
+        """Those of them that are trained."""
+        @_builtins.property
+        def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewedRecord.Token]:
+            """Its tokens in order, at most `max_tokens_shown`."""
+
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            tokens: _abc.Iterable[Global___PreviewedRecord.Token] | None = ...,
+            token_count: _builtins.int = ...,
+            trained_token_count: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "token_count", b"token_count", "tokens", b"tokens", "trained_token_count", b"trained_token_count"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    record: _builtins.int
+    """Number of the record, from 1, in the order of the file; unusable ones count."""
+    line: _builtins.int
+    """Line of the uploaded file, from 1; of a Parquet file or a JSON array the same as `record`."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewedRecord.Sequence]:
+        """What is trained. Empty: the record cannot be used or is dropped; see `findings`."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
+        """What was found in it."""
+
+    def __init__(
+        self,
+        *,
+        record: _builtins.int = ...,
+        line: _builtins.int = ...,
+        sequences: _abc.Iterable[Global___PreviewedRecord.Sequence] | None = ...,
+        findings: _abc.Iterable[_finding_pb2.Finding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "line", b"line", "record", b"record", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewedRecord: _TypeAlias = PreviewedRecord  # noqa: Y015
+
+@_typing.final
 class Dataset(_message.Message):
     """Training records, uploaded once and never changed."""
 
@@ -41,6 +145,8 @@ class Dataset(_message.Message):
         """Comma-separated values with a header line, UTF-8."""
         FORMAT_PARQUET: Dataset._Format.ValueType  # 3
         """Apache Parquet."""
+        FORMAT_JSON: Dataset._Format.ValueType  # 4
+        """One JSON array of objects, UTF-8."""
 
     class Format(_Format, metaclass=_FormatEnumTypeWrapper):
         """How the file is written."""
@@ -53,6 +159,31 @@ class Dataset(_message.Message):
     """Comma-separated values with a header line, UTF-8."""
     FORMAT_PARQUET: Dataset.Format.ValueType  # 3
     """Apache Parquet."""
+    FORMAT_JSON: Dataset.Format.ValueType  # 4
+    """One JSON array of objects, UTF-8."""
+
+    class _Compression:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _CompressionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Dataset._Compression.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        COMPRESSION_UNSPECIFIED: Dataset._Compression.ValueType  # 0
+        """Not at all."""
+        COMPRESSION_GZIP: Dataset._Compression.ValueType  # 1
+        """gzip."""
+        COMPRESSION_ZSTD: Dataset._Compression.ValueType  # 2
+        """Zstandard."""
+
+    class Compression(_Compression, metaclass=_CompressionEnumTypeWrapper):
+        """How the file is packed."""
+
+    COMPRESSION_UNSPECIFIED: Dataset.Compression.ValueType  # 0
+    """Not at all."""
+    COMPRESSION_GZIP: Dataset.Compression.ValueType  # 1
+    """gzip."""
+    COMPRESSION_ZSTD: Dataset.Compression.ValueType  # 2
+    """Zstandard."""
 
     class _RecordKind:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -68,6 +199,14 @@ class Dataset(_message.Message):
         """A `prompt` and its `completion`."""
         RECORD_KIND_MIXED: Dataset._RecordKind.ValueType  # 3
         """Some of both."""
+        RECORD_KIND_INSTRUCTION: Dataset._RecordKind.ValueType  # 4
+        """An `instruction`, perhaps with an `input`, and its `output`."""
+        RECORD_KIND_SHAREGPT: Dataset._RecordKind.ValueType  # 5
+        """ShareGPT: `conversations`, each turn with `from` and `value`."""
+        RECORD_KIND_TEXT: Dataset._RecordKind.ValueType  # 6
+        """Plain `text` to go on learning the language from."""
+        RECORD_KIND_PREFERENCE: Dataset._RecordKind.ValueType  # 7
+        """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
 
     class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
         """What its records hold."""
@@ -80,6 +219,14 @@ class Dataset(_message.Message):
     """A `prompt` and its `completion`."""
     RECORD_KIND_MIXED: Dataset.RecordKind.ValueType  # 3
     """Some of both."""
+    RECORD_KIND_INSTRUCTION: Dataset.RecordKind.ValueType  # 4
+    """An `instruction`, perhaps with an `input`, and its `output`."""
+    RECORD_KIND_SHAREGPT: Dataset.RecordKind.ValueType  # 5
+    """ShareGPT: `conversations`, each turn with `from` and `value`."""
+    RECORD_KIND_TEXT: Dataset.RecordKind.ValueType  # 6
+    """Plain `text` to go on learning the language from."""
+    RECORD_KIND_PREFERENCE: Dataset.RecordKind.ValueType  # 7
+    """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -91,6 +238,9 @@ class Dataset(_message.Message):
     INVALID_RECORD_COUNT_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    FINDING_COUNTS_FIELD_NUMBER: _builtins.int
+    SOURCE_URI_FIELD_NUMBER: _builtins.int
     dataset_id: _builtins.str
     """Id of the dataset, `ds_…`."""
     display_name: _builtins.str
@@ -107,6 +257,10 @@ class Dataset(_message.Message):
     """Records that can be trained on."""
     invalid_record_count: _builtins.int
     """Records that cannot and are left out; `findings` names the first ones."""
+    compression: Global___Dataset.Compression.ValueType
+    """How the file is packed. Recognised by its content."""
+    source_uri: _builtins.str
+    """Where it was imported from. Empty: it was uploaded."""
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
         """What was found in it, by line, the first ones."""
@@ -114,6 +268,10 @@ class Dataset(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was uploaded."""
+
+    @_builtins.property
+    def finding_counts(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
+        """How often each code was found, over all records; one Finding each with its `count`, most frequent first."""
 
     def __init__(
         self,
@@ -128,10 +286,13 @@ class Dataset(_message.Message):
         invalid_record_count: _builtins.int = ...,
         findings: _abc.Iterable[_finding_pb2.Finding] | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        compression: Global___Dataset.Compression.ValueType = ...,
+        finding_counts: _abc.Iterable[_finding_pb2.Finding] | None = ...,
+        source_uri: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "dataset_id", b"dataset_id", "display_name", b"display_name", "findings", b"findings", "format", b"format", "invalid_record_count", b"invalid_record_count", "record_count", b"record_count", "record_kind", b"record_kind", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "create_time", b"create_time", "dataset_id", b"dataset_id", "display_name", b"display_name", "finding_counts", b"finding_counts", "findings", b"findings", "format", b"format", "invalid_record_count", b"invalid_record_count", "record_count", b"record_count", "record_kind", b"record_kind", "sha256", b"sha256", "size_bytes", b"size_bytes", "source_uri", b"source_uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,7 +59,7 @@ class Finding(_message.Message):
     message: _builtins.str
     """One sentence for a person."""
     line: _builtins.int
-    """Line of the uploaded file, from 1. Unset: the finding is about the whole."""
+    """Line of the uploaded file, from 1; of a Parquet file or a JSON array the number of the record. Unset: the finding is about the whole."""
     field: _builtins.str
     """Path of the offending field inside the record or configuration, for example `messages[1].role`. Empty: the whole record."""
     count: _builtins.int

@@ -3,8 +3,10 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from modeltraining.v1 import technique_pb2 as _technique_pb2
 import builtins as _builtins
@@ -109,27 +111,69 @@ class TrainingParameters(_message.Message):
     LOSS_ON_ALL: TrainingParameters.LossOn.ValueType  # 3
     """Every token."""
 
+    class _Objective:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ObjectiveEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[TrainingParameters._Objective.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OBJECTIVE_UNSPECIFIED: TrainingParameters._Objective.ValueType  # 0
+        """By the dataset: SUPERVISED, or DPO for preference pairs."""
+        OBJECTIVE_SUPERVISED: TrainingParameters._Objective.ValueType  # 1
+        """The likelihood of the trained tokens: of conversations, completions or plain text."""
+        OBJECTIVE_DPO: TrainingParameters._Objective.ValueType  # 2
+        """Direct preference optimisation on pairs of a chosen and a rejected answer, against the model at the start."""
+        OBJECTIVE_ORPO: TrainingParameters._Objective.ValueType  # 3
+        """Odds ratio preference optimisation on such pairs, together with the likelihood of the chosen one; needs no reference."""
+
+    class Objective(_Objective, metaclass=_ObjectiveEnumTypeWrapper):
+        """What training makes better."""
+
+    OBJECTIVE_UNSPECIFIED: TrainingParameters.Objective.ValueType  # 0
+    """By the dataset: SUPERVISED, or DPO for preference pairs."""
+    OBJECTIVE_SUPERVISED: TrainingParameters.Objective.ValueType  # 1
+    """The likelihood of the trained tokens: of conversations, completions or plain text."""
+    OBJECTIVE_DPO: TrainingParameters.Objective.ValueType  # 2
+    """Direct preference optimisation on pairs of a chosen and a rejected answer, against the model at the start."""
+    OBJECTIVE_ORPO: TrainingParameters.Objective.ValueType  # 3
+    """Odds ratio preference optimisation on such pairs, together with the likelihood of the chosen one; needs no reference."""
+
     @_typing.final
     class Evaluation(_message.Message):
-        """When the held-out records are evaluated."""
+        """When the held-out records are evaluated, and what is asked then."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
         EVERY_STEPS_FIELD_NUMBER: _builtins.int
+        SAMPLE_PROMPTS_FIELD_NUMBER: _builtins.int
+        SAMPLE_TOKENS_FIELD_NUMBER: _builtins.int
         every_steps: _builtins.int
         """Optimiser steps between evaluations, 1 to 1,000,000. Default: a fifth of all steps, at most 50. The last step is always evaluated."""
+        sample_tokens: _builtins.int
+        """Longest such answer, tokens, 1 to 512. Default 64."""
+        @_builtins.property
+        def sample_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Prompts that the model answers at each evaluation (greedily), kept in the job's log; at most 8. They need no held-out records."""
+
         def __init__(
             self,
             *,
             every_steps: _builtins.int | None = ...,
+            sample_prompts: _abc.Iterable[_builtins.str] | None = ...,
+            sample_tokens: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "every_steps", b"every_steps"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_sample_tokens", b"_sample_tokens", "every_steps", b"every_steps", "sample_tokens", b"sample_tokens"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "every_steps", b"every_steps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_sample_tokens", b"_sample_tokens", "every_steps", b"every_steps", "sample_prompts", b"sample_prompts", "sample_tokens", b"sample_tokens"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
         _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+        _WhichOneofReturnType__sample_tokens: _TypeAlias = _typing.Literal["sample_tokens"]  # noqa: Y015
+        _WhichOneofArgType__sample_tokens: _TypeAlias = _typing.Literal["_sample_tokens", b"_sample_tokens"]  # noqa: Y015
+        @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_tokens) -> _WhichOneofReturnType__sample_tokens | None: ...
 
     @_typing.final
     class EarlyStopping(_message.Message):
@@ -169,20 +213,29 @@ class TrainingParameters(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         EVERY_STEPS_FIELD_NUMBER: _builtins.int
+        KEEP_BEST_FIELD_NUMBER: _builtins.int
         every_steps: _builtins.int
         """Optimiser steps between checkpoints, 1 to 1,000,000. Default: a fifth of all steps, at most 50."""
+        keep_best: _builtins.bool
+        """Make the version of the weights with the best evaluation instead of the last ones. Default: true where records are held out."""
         def __init__(
             self,
             *,
             every_steps: _builtins.int | None = ...,
+            keep_best: _builtins.bool | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "every_steps", b"every_steps"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best", b"_keep_best", "every_steps", b"every_steps", "keep_best", b"keep_best"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "every_steps", b"every_steps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_keep_best", b"_keep_best", "every_steps", b"every_steps", "keep_best", b"keep_best"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
         _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+        _WhichOneofReturnType__keep_best: _TypeAlias = _typing.Literal["keep_best"]  # noqa: Y015
+        _WhichOneofArgType__keep_best: _TypeAlias = _typing.Literal["_keep_best", b"_keep_best"]  # noqa: Y015
+        @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_best) -> _WhichOneofReturnType__keep_best | None: ...
 
     EPOCHS_FIELD_NUMBER: _builtins.int
     MAX_STEPS_FIELD_NUMBER: _builtins.int
@@ -201,6 +254,11 @@ class TrainingParameters(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    PREFERENCE_STRENGTH_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
+    RETRY_OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
     epochs: _builtins.float
     """Passes over the training records, above 0, at most 1000; fractions allowed. At most one of `epochs` and `max_steps` is set. Default 3."""
     max_steps: _builtins.int
@@ -224,11 +282,27 @@ class TrainingParameters(_message.Message):
     overlong_policy: Global___TrainingParameters.OverlongPolicy.ValueType
     """What happens to longer records. Default REJECT."""
     packing: _builtins.bool
-    """Put several records into one sequence; they do not see each other. Default false."""
+    """Lay records end to end, without padding, wherever the architecture allows it; they never see each other. The maths is the
+    same either way; false computes each record alone, which is slower. Default true.
+    """
     loss_on: Global___TrainingParameters.LossOn.ValueType
     """Which tokens are trained. Default ASSISTANT."""
     seed: _builtins.int
     """Seed of data order, dropout and initialisation, 0 to 2147483647: the same seed repeats the run. Default 0."""
+    objective: Global___TrainingParameters.Objective.ValueType
+    """What training makes better. Default: SUPERVISED, or DPO for a dataset of preference pairs."""
+    preference_strength: _builtins.float
+    """Strength of the preference (beta of DPO, lambda of ORPO), above 0, at most 100. Default 0.1. DPO and ORPO only."""
+    micro_batch_tokens: _builtins.int
+    """Tokens that are computed at once, 64 to 1,048,576; a step's records are cut into groups of so many. It changes memory and speed,
+    never the maths. Default: what suits the machine.
+    """
+    gradient_checkpointing: _builtins.bool
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third slower.
+    Default: where memory would not suffice otherwise.
+    """
+    retry_out_of_memory: _builtins.bool
+    """Try again with half of `micro_batch_tokens` where memory does not suffice, once. Default true."""
     @_builtins.property
     def evaluation(self) -> Global___TrainingParameters.Evaluation:
         """When the held-out records are evaluated. Unset: the defaults of Evaluation."""
@@ -261,15 +335,22 @@ class TrainingParameters(_message.Message):
         evaluation: Global___TrainingParameters.Evaluation | None = ...,
         early_stopping: Global___TrainingParameters.EarlyStopping | None = ...,
         checkpointing: Global___TrainingParameters.Checkpointing | None = ...,
+        objective: Global___TrainingParameters.Objective.ValueType = ...,
+        preference_strength: _builtins.float | None = ...,
+        micro_batch_tokens: _builtins.int | None = ...,
+        gradient_checkpointing: _builtins.bool | None = ...,
+        retry_out_of_memory: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_gradient_norm", b"_max_gradient_norm", "_max_sequence_tokens", b"_max_sequence_tokens", "_max_steps", b"_max_steps", "_packing", b"_packing", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "early_stopping", b"early_stopping", "epochs", b"epochs", "evaluation", b"evaluation", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "max_sequence_tokens", b"max_sequence_tokens", "max_steps", b"max_steps", "packing", b"packing", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_max_gradient_norm", b"_max_gradient_norm", "_max_sequence_tokens", b"_max_sequence_tokens", "_max_steps", b"_max_steps", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "_preference_strength", b"_preference_strength", "_retry_out_of_memory", b"_retry_out_of_memory", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "early_stopping", b"early_stopping", "epochs", b"epochs", "evaluation", b"evaluation", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "max_gradient_norm", b"max_gradient_norm", "max_sequence_tokens", b"max_sequence_tokens", "max_steps", b"max_steps", "micro_batch_tokens", b"micro_batch_tokens", "packing", b"packing", "preference_strength", b"preference_strength", "retry_out_of_memory", b"retry_out_of_memory", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_gradient_norm", b"_max_gradient_norm", "_max_sequence_tokens", b"_max_sequence_tokens", "_max_steps", b"_max_steps", "_packing", b"_packing", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "early_stopping", b"early_stopping", "epochs", b"epochs", "evaluation", b"evaluation", "learning_rate", b"learning_rate", "loss_on", b"loss_on", "max_gradient_norm", b"max_gradient_norm", "max_sequence_tokens", b"max_sequence_tokens", "max_steps", b"max_steps", "overlong_policy", b"overlong_policy", "packing", b"packing", "scheduler", b"scheduler", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_gradient_checkpointing", b"_gradient_checkpointing", "_learning_rate", b"_learning_rate", "_max_gradient_norm", b"_max_gradient_norm", "_max_sequence_tokens", b"_max_sequence_tokens", "_max_steps", b"_max_steps", "_micro_batch_tokens", b"_micro_batch_tokens", "_packing", b"_packing", "_preference_strength", b"_preference_strength", "_retry_out_of_memory", b"_retry_out_of_memory", "_seed", b"_seed", "_warmup_ratio", b"_warmup_ratio", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "early_stopping", b"early_stopping", "epochs", b"epochs", "evaluation", b"evaluation", "gradient_checkpointing", b"gradient_checkpointing", "learning_rate", b"learning_rate", "loss_on", b"loss_on", "max_gradient_norm", b"max_gradient_norm", "max_sequence_tokens", b"max_sequence_tokens", "max_steps", b"max_steps", "micro_batch_tokens", b"micro_batch_tokens", "objective", b"objective", "overlong_policy", b"overlong_policy", "packing", b"packing", "preference_strength", b"preference_strength", "retry_out_of_memory", b"retry_out_of_memory", "scheduler", b"scheduler", "seed", b"seed", "warmup_ratio", b"warmup_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
+    _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__max_gradient_norm: _TypeAlias = _typing.Literal["max_gradient_norm"]  # noqa: Y015
@@ -278,8 +359,14 @@ class TrainingParameters(_message.Message):
     _WhichOneofArgType__max_sequence_tokens: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
+    _WhichOneofReturnType__micro_batch_tokens: _TypeAlias = _typing.Literal["micro_batch_tokens"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_tokens: _TypeAlias = _typing.Literal["_micro_batch_tokens", b"_micro_batch_tokens"]  # noqa: Y015
     _WhichOneofReturnType__packing: _TypeAlias = _typing.Literal["packing"]  # noqa: Y015
     _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
+    _WhichOneofReturnType__preference_strength: _TypeAlias = _typing.Literal["preference_strength"]  # noqa: Y015
+    _WhichOneofArgType__preference_strength: _TypeAlias = _typing.Literal["_preference_strength", b"_preference_strength"]  # noqa: Y015
+    _WhichOneofReturnType__retry_out_of_memory: _TypeAlias = _typing.Literal["retry_out_of_memory"]  # noqa: Y015
+    _WhichOneofArgType__retry_out_of_memory: _TypeAlias = _typing.Literal["_retry_out_of_memory", b"_retry_out_of_memory"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__warmup_ratio: _TypeAlias = _typing.Literal["warmup_ratio"]  # noqa: Y015
@@ -293,6 +380,8 @@ class TrainingParameters(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_gradient_norm) -> _WhichOneofReturnType__max_gradient_norm | None: ...
@@ -301,7 +390,13 @@ class TrainingParameters(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_tokens) -> _WhichOneofReturnType__micro_batch_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preference_strength) -> _WhichOneofReturnType__preference_strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_out_of_memory) -> _WhichOneofReturnType__retry_out_of_memory | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -312,6 +407,34 @@ class TrainingParameters(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___TrainingParameters: _TypeAlias = TrainingParameters  # noqa: Y015
+
+@_typing.final
+class ModelVersionReference(_message.Message):
+    """A version of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Default: the one that is served."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___ModelVersionReference: _TypeAlias = ModelVersionReference  # noqa: Y015
 
 @_typing.final
 class FineTuneConfig(_message.Message):
@@ -329,6 +452,7 @@ class FineTuneConfig(_message.Message):
     QLORA_FIELD_NUMBER: _builtins.int
     PEFT_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    WARM_START_FROM_FIELD_NUMBER: _builtins.int
     base_model: _builtins.str
     """Base model by its hub name or path."""
     dataset_id: _builtins.str
@@ -359,6 +483,10 @@ class FineTuneConfig(_message.Message):
     def parameters(self) -> Global___TrainingParameters:
         """Parameters with every value filled in."""
 
+    @_builtins.property
+    def warm_start_from(self) -> Global___ModelVersionReference:
+        """Version whose weights the training starts from. Unset: the base model alone."""
+
     def __init__(
         self,
         *,
@@ -372,10 +500,11 @@ class FineTuneConfig(_message.Message):
         qlora: _technique_pb2.QloraTechnique | None = ...,
         peft: _technique_pb2.PeftTechnique | None = ...,
         parameters: Global___TrainingParameters | None = ...,
+        warm_start_from: Global___ModelVersionReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique", "warm_start_from", b"warm_start_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "base_model", b"base_model", "dataset_id", b"dataset_id", "dataset_sha256", b"dataset_sha256", "eval_dataset_id", b"eval_dataset_id", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "base_model", b"base_model", "dataset_id", b"dataset_id", "dataset_sha256", b"dataset_sha256", "eval_dataset_id", b"eval_dataset_id", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique", "warm_start_from", b"warm_start_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_fraction: _TypeAlias = _typing.Literal["eval_fraction"]  # noqa: Y015
     _WhichOneofArgType__eval_fraction: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction"]  # noqa: Y015

@@ -3,10 +3,13 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
+from modeltraining.v1 import finding_pb2 as _finding_pb2
 from modeltraining.v1 import training_job_pb2 as _training_job_pb2
 import builtins as _builtins
 import sys
@@ -280,6 +283,118 @@ class JobEvent(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Preparing(_message.Message):
+        """The records are being read and turned into tokens."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RECORDS_FIELD_NUMBER: _builtins.int
+        TOTAL_RECORDS_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        records: _builtins.int
+        """Records read so far."""
+        total_records: _builtins.int
+        """Records in all."""
+        tokens: _builtins.float
+        """Tokens so far."""
+        def __init__(
+            self,
+            *,
+            records: _builtins.int = ...,
+            total_records: _builtins.int = ...,
+            tokens: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records", "tokens", b"tokens", "total_records", b"total_records"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class DataChecked(_message.Message):
+        """The records were read; what was found in them."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class LengthBucket(_message.Message):
+            """How many sequences have how many tokens."""
+
+            DESCRIPTOR: _descriptor.Descriptor
+
+            UP_TO_TOKENS_FIELD_NUMBER: _builtins.int
+            COUNT_FIELD_NUMBER: _builtins.int
+            up_to_tokens: _builtins.int
+            """Longest length in it, tokens; the shortest is one more than the bucket's before."""
+            count: _builtins.int
+            """Sequences in it."""
+            def __init__(
+                self,
+                *,
+                up_to_tokens: _builtins.int = ...,
+                count: _builtins.int = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "up_to_tokens", b"up_to_tokens"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        TRAIN_SEQUENCES_FIELD_NUMBER: _builtins.int
+        EVAL_SEQUENCES_FIELD_NUMBER: _builtins.int
+        TOKENS_FIELD_NUMBER: _builtins.int
+        TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+        DROPPED_RECORDS_FIELD_NUMBER: _builtins.int
+        CUT_RECORDS_FIELD_NUMBER: _builtins.int
+        LENGTHS_FIELD_NUMBER: _builtins.int
+        FINDINGS_FIELD_NUMBER: _builtins.int
+        DURATION_SECONDS_FIELD_NUMBER: _builtins.int
+        CACHED_FIELD_NUMBER: _builtins.int
+        train_sequences: _builtins.int
+        """Sequences that are trained."""
+        eval_sequences: _builtins.int
+        """Sequences that are held out."""
+        tokens: _builtins.float
+        """Tokens of those that are trained, read once."""
+        trained_tokens: _builtins.float
+        """Those of them that are trained."""
+        dropped_records: _builtins.int
+        """Records left out by the overlong policy or because they cannot be used."""
+        cut_records: _builtins.int
+        """Records cut or split by the overlong policy."""
+        duration_seconds: _builtins.float
+        """Time that reading took, seconds; little where the tokens were cached."""
+        cached: _builtins.bool
+        """True: the tokens came from the cache."""
+        @_builtins.property
+        def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobEvent.DataChecked.LengthBucket]:
+            """Lengths before any cut, shortest first."""
+
+        @_builtins.property
+        def findings(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
+            """What was found, one of each code with its `count`."""
+
+        def __init__(
+            self,
+            *,
+            train_sequences: _builtins.int = ...,
+            eval_sequences: _builtins.int = ...,
+            tokens: _builtins.float = ...,
+            trained_tokens: _builtins.float = ...,
+            dropped_records: _builtins.int = ...,
+            cut_records: _builtins.int = ...,
+            lengths: _abc.Iterable[Global___JobEvent.DataChecked.LengthBucket] | None = ...,
+            findings: _abc.Iterable[_finding_pb2.Finding] | None = ...,
+            duration_seconds: _builtins.float = ...,
+            cached: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "cut_records", b"cut_records", "dropped_records", b"dropped_records", "duration_seconds", b"duration_seconds", "eval_sequences", b"eval_sequences", "findings", b"findings", "lengths", b"lengths", "tokens", b"tokens", "train_sequences", b"train_sequences", "trained_tokens", b"trained_tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class DocumentIndexed(_message.Message):
         """A document became searchable, or failed."""
 
@@ -370,6 +485,8 @@ class JobEvent(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PREPARING_FIELD_NUMBER: _builtins.int
+    DATA_CHECKED_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     sequence: _builtins.int
@@ -428,6 +545,14 @@ class JobEvent(_message.Message):
     def error(self) -> _status_pb2.Status:
         """The end of the watching, not of the job: the server failed or goes away. Watch again after the last sequence number seen."""
 
+    @_builtins.property
+    def preparing(self) -> Global___JobEvent.Preparing:
+        """The reading of the records."""
+
+    @_builtins.property
+    def data_checked(self) -> Global___JobEvent.DataChecked:
+        """The end of it."""
+
     def __init__(
         self,
         *,
@@ -447,12 +572,14 @@ class JobEvent(_message.Message):
         heartbeat: Global___JobEvent.Heartbeat | None = ...,
         finished: Global___JobEvent.Finished | None = ...,
         error: _status_pb2.Status | None = ...,
+        preparing: Global___JobEvent.Preparing | None = ...,
+        data_checked: Global___JobEvent.DataChecked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "payload", b"payload", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "job_id", b"job_id", "payload", b"payload", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "job_id", b"job_id", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error", "preparing", "data_checked"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 

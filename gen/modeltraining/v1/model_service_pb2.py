@@ -23,19 +23,22 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from modeltraining.v1 import base_model_pb2 as modeltraining_dot_v1_dot_base__model__pb2
 from modeltraining.v1 import document_pb2 as modeltraining_dot_v1_dot_document__pb2
 from modeltraining.v1 import embedding_model_pb2 as modeltraining_dot_v1_dot_embedding__model__pb2
+from modeltraining.v1 import estimate_pb2 as modeltraining_dot_v1_dot_estimate__pb2
 from modeltraining.v1 import fine_tuning_pb2 as modeltraining_dot_v1_dot_fine__tuning__pb2
 from modeltraining.v1 import message_pb2 as modeltraining_dot_v1_dot_message__pb2
 from modeltraining.v1 import model_pb2 as modeltraining_dot_v1_dot_model__pb2
+from modeltraining.v1 import model_version_pb2 as modeltraining_dot_v1_dot_model__version__pb2
 from modeltraining.v1 import retrieval_pb2 as modeltraining_dot_v1_dot_retrieval__pb2
 from modeltraining.v1 import technique_pb2 as modeltraining_dot_v1_dot_technique__pb2
 from modeltraining.v1 import training_job_pb2 as modeltraining_dot_v1_dot_training__job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$modeltraining/v1/model_service.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a!modeltraining/v1/base_model.proto\x1a\x1fmodeltraining/v1/document.proto\x1a&modeltraining/v1/embedding_model.proto\x1a\"modeltraining/v1/fine_tuning.proto\x1a\x1emodeltraining/v1/message.proto\x1a\x1cmodeltraining/v1/model.proto\x1a modeltraining/v1/retrieval.proto\x1a modeltraining/v1/technique.proto\x1a#modeltraining/v1/training_job.proto\"\xbb\x01\n\x11ListModelsRequest\x12*\n\x04type\x18\x01 \x01(\x0e\x32\x1c.modeltraining.v1.Model.Type\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.modeltraining.v1.Model.State\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x16\n\tpage_size\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x05 \x01(\tB\x0c\n\n_page_size\"V\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.modeltraining.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\xa3\x02\n\x12UpdateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x19\n\x0c\x64isplay_name\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0b\x64\x65scription\x18\x03 \x01(\tH\x01\x88\x01\x01\x12@\n\x06labels\x18\x04 \x03(\x0b\x32\x30.modeltraining.v1.UpdateModelRequest.LabelsEntry\x12\x34\n\tretrieval\x18\x05 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_display_nameB\x0e\n\x0c_description\"&\n\x12\x44\x65leteModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\xb5\x05\n\x1b\x43reateFineTunedModelRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x12\n\ndataset_id\x18\x05 \x01(\t\x12\x38\n\x0einline_records\x18\x06 \x03(\x0b\x32 .modeltraining.v1.TrainingRecord\x12\x17\n\x0f\x65val_dataset_id\x18\x07 \x01(\t\x12\x1a\n\reval_fraction\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12/\n\x04\x66ull\x18\t \x01(\x0b\x32\x1f.modeltraining.v1.FullTechniqueH\x00\x12/\n\x04lora\x18\n \x01(\x0b\x32\x1f.modeltraining.v1.LoraTechniqueH\x00\x12\x31\n\x05qlora\x18\x0b \x01(\x0b\x32 .modeltraining.v1.QloraTechniqueH\x00\x12/\n\x04peft\x18\x0c \x01(\x0b\x32\x1f.modeltraining.v1.PeftTechniqueH\x00\x12\x38\n\nparameters\x18\r \x01(\x0b\x32$.modeltraining.v1.TrainingParameters\x12I\n\x06labels\x18\x0e \x03(\x0b\x32\x39.modeltraining.v1.CreateFineTunedModelRequest.LabelsEntry\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x15\n\rvalidate_only\x18\x10 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\ttechniqueB\x10\n\x0e_eval_fraction\"{\n\x1c\x43reateFineTunedModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.modeltraining.v1.Model\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\xce\x03\n\x15\x43reateRagModelRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1a\n\x12generator_model_id\x18\x03 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x04 \x01(\t\x12\x34\n\tretrieval\x18\x05 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x12\x32\n\x08\x63hunking\x18\x06 \x01(\x0b\x32 .modeltraining.v1.ChunkingConfig\x12\x33\n\tdocuments\x18\x07 \x03(\x0b\x32 .modeltraining.v1.InlineDocument\x12\x17\n\x0fprompt_template\x18\x08 \x01(\t\x12\x43\n\x06labels\x18\t \x03(\x0b\x32\x33.modeltraining.v1.CreateRagModelRequest.LabelsEntry\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x15\n\rvalidate_only\x18\x0b \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x16\x43reateRagModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.modeltraining.v1.Model\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\x87\x01\n\x13\x41\x64\x64\x44ocumentsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x33\n\tdocuments\x18\x02 \x03(\x0b\x32 .modeltraining.v1.InlineDocument\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"z\n\x14\x41\x64\x64\x44ocumentsResponse\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.modeltraining.v1.Document\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\x93\x01\n\x14ListDocumentsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x04 \x01(\x0e\x32 .modeltraining.v1.Document.State\x12\x16\n\tpage_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"_\n\x15ListDocumentsResponse\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.modeltraining.v1.Document\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12GetDocumentRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\">\n\x15\x44\x65leteDocumentRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"Q\n\x15ListBaseModelsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"c\n\x16ListBaseModelsResponse\x12\x30\n\x0b\x62\x61se_models\x18\x01 \x03(\x0b\x32\x1b.modeltraining.v1.BaseModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x1aListEmbeddingModelsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"r\n\x1bListEmbeddingModelsResponse\x12:\n\x10\x65mbedding_models\x18\x01 \x03(\x0b\x32 .modeltraining.v1.EmbeddingModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x81\x0e\n\x0cModelService\x12~\n\nListModels\x12#.modeltraining.v1.ListModelsRequest\x1a$.modeltraining.v1.ListModelsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/api/v1/model-training/models\x12x\n\x08GetModel\x12!.modeltraining.v1.GetModelRequest\x1a\x17.modeltraining.v1.Model\"0\x82\xd3\xe4\x93\x02*\x12(/api/v1/model-training/models/{model_id}\x12\x81\x01\n\x0bUpdateModel\x12$.modeltraining.v1.UpdateModelRequest\x1a\x17.modeltraining.v1.Model\"3\x82\xd3\xe4\x93\x02-2(/api/v1/model-training/models/{model_id}:\x01*\x12}\n\x0b\x44\x65leteModel\x12$.modeltraining.v1.DeleteModelRequest\x1a\x16.google.protobuf.Empty\"0\x82\xd3\xe4\x93\x02**(/api/v1/model-training/models/{model_id}\x12\xa9\x01\n\x14\x43reateFineTunedModel\x12-.modeltraining.v1.CreateFineTunedModelRequest\x1a..modeltraining.v1.CreateFineTunedModelResponse\"2\x82\xd3\xe4\x93\x02,\"\'/api/v1/model-training/models/fine-tune:\x01*\x12\x91\x01\n\x0e\x43reateRagModel\x12\'.modeltraining.v1.CreateRagModelRequest\x1a(.modeltraining.v1.CreateRagModelResponse\",\x82\xd3\xe4\x93\x02&\"!/api/v1/model-training/models/rag:\x01*\x12\xa2\x01\n\x0c\x41\x64\x64\x44ocuments\x12%.modeltraining.v1.AddDocumentsRequest\x1a&.modeltraining.v1.AddDocumentsResponse\"C\x82\xd3\xe4\x93\x02=\"8/api/v1/model-training/models/{model_id}/documents/batch:\x01*\x12\x9c\x01\n\rListDocuments\x12&.modeltraining.v1.ListDocumentsRequest\x1a\'.modeltraining.v1.ListDocumentsResponse\":\x82\xd3\xe4\x93\x02\x34\x12\x32/api/v1/model-training/models/{model_id}/documents\x12\x99\x01\n\x0bGetDocument\x12$.modeltraining.v1.GetDocumentRequest\x1a\x1a.modeltraining.v1.Document\"H\x82\xd3\xe4\x93\x02\x42\x12@/api/v1/model-training/models/{model_id}/documents/{document_id}\x12\x9b\x01\n\x0e\x44\x65leteDocument\x12\'.modeltraining.v1.DeleteDocumentRequest\x1a\x16.google.protobuf.Empty\"H\x82\xd3\xe4\x93\x02\x42*@/api/v1/model-training/models/{model_id}/documents/{document_id}\x12\x8f\x01\n\x0eListBaseModels\x12\'.modeltraining.v1.ListBaseModelsRequest\x1a(.modeltraining.v1.ListBaseModelsResponse\"*\x82\xd3\xe4\x93\x02$\x12\"/api/v1/model-training/base-models\x12\xa3\x01\n\x13ListEmbeddingModels\x12,.modeltraining.v1.ListEmbeddingModelsRequest\x1a-.modeltraining.v1.ListEmbeddingModelsResponse\"/\x82\xd3\xe4\x93\x02)\x12\'/api/v1/model-training/embedding-modelsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$modeltraining/v1/model_service.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a!modeltraining/v1/base_model.proto\x1a\x1fmodeltraining/v1/document.proto\x1a&modeltraining/v1/embedding_model.proto\x1a\x1fmodeltraining/v1/estimate.proto\x1a\"modeltraining/v1/fine_tuning.proto\x1a\x1emodeltraining/v1/message.proto\x1a\x1cmodeltraining/v1/model.proto\x1a$modeltraining/v1/model_version.proto\x1a modeltraining/v1/retrieval.proto\x1a modeltraining/v1/technique.proto\x1a#modeltraining/v1/training_job.proto\"\xbb\x01\n\x11ListModelsRequest\x12*\n\x04type\x18\x01 \x01(\x0e\x32\x1c.modeltraining.v1.Model.Type\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.modeltraining.v1.Model.State\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x16\n\tpage_size\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x05 \x01(\tB\x0c\n\n_page_size\"V\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.modeltraining.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x0fGetModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\xa3\x02\n\x12UpdateModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x19\n\x0c\x64isplay_name\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x18\n\x0b\x64\x65scription\x18\x03 \x01(\tH\x01\x88\x01\x01\x12@\n\x06labels\x18\x04 \x03(\x0b\x32\x30.modeltraining.v1.UpdateModelRequest.LabelsEntry\x12\x34\n\tretrieval\x18\x05 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0f\n\r_display_nameB\x0e\n\x0c_description\"&\n\x12\x44\x65leteModelRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\"\xf7\x05\n\x1b\x43reateFineTunedModelRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x12\n\ndataset_id\x18\x05 \x01(\t\x12\x38\n\x0einline_records\x18\x06 \x03(\x0b\x32 .modeltraining.v1.TrainingRecord\x12\x17\n\x0f\x65val_dataset_id\x18\x07 \x01(\t\x12\x1a\n\reval_fraction\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12/\n\x04\x66ull\x18\t \x01(\x0b\x32\x1f.modeltraining.v1.FullTechniqueH\x00\x12/\n\x04lora\x18\n \x01(\x0b\x32\x1f.modeltraining.v1.LoraTechniqueH\x00\x12\x31\n\x05qlora\x18\x0b \x01(\x0b\x32 .modeltraining.v1.QloraTechniqueH\x00\x12/\n\x04peft\x18\x0c \x01(\x0b\x32\x1f.modeltraining.v1.PeftTechniqueH\x00\x12\x38\n\nparameters\x18\r \x01(\x0b\x32$.modeltraining.v1.TrainingParameters\x12I\n\x06labels\x18\x0e \x03(\x0b\x32\x39.modeltraining.v1.CreateFineTunedModelRequest.LabelsEntry\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x15\n\rvalidate_only\x18\x10 \x01(\x08\x12@\n\x0fwarm_start_from\x18\x11 \x01(\x0b\x32\'.modeltraining.v1.ModelVersionReference\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0b\n\ttechniqueB\x10\n\x0e_eval_fraction\"[\n\x17\x45stimateFineTuneRequest\x12@\n\tfine_tune\x18\x01 \x01(\x0b\x32-.modeltraining.v1.CreateFineTunedModelRequest\"{\n\x1c\x43reateFineTunedModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.modeltraining.v1.Model\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\xce\x03\n\x15\x43reateRagModelRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1a\n\x12generator_model_id\x18\x03 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x04 \x01(\t\x12\x34\n\tretrieval\x18\x05 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x12\x32\n\x08\x63hunking\x18\x06 \x01(\x0b\x32 .modeltraining.v1.ChunkingConfig\x12\x33\n\tdocuments\x18\x07 \x03(\x0b\x32 .modeltraining.v1.InlineDocument\x12\x17\n\x0fprompt_template\x18\x08 \x01(\t\x12\x43\n\x06labels\x18\t \x03(\x0b\x32\x33.modeltraining.v1.CreateRagModelRequest.LabelsEntry\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x15\n\rvalidate_only\x18\x0b \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x16\x43reateRagModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.modeltraining.v1.Model\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\x87\x01\n\x13\x41\x64\x64\x44ocumentsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x33\n\tdocuments\x18\x02 \x03(\x0b\x32 .modeltraining.v1.InlineDocument\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"z\n\x14\x41\x64\x64\x44ocumentsResponse\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.modeltraining.v1.Document\x12\x33\n\x0ctraining_job\x18\x02 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"\x93\x01\n\x14ListDocumentsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x04 \x01(\x0e\x32 .modeltraining.v1.Document.State\x12\x16\n\tpage_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"_\n\x15ListDocumentsResponse\x12-\n\tdocuments\x18\x01 \x03(\x0b\x32\x1a.modeltraining.v1.Document\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x12GetDocumentRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\">\n\x15\x44\x65leteDocumentRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\"Q\n\x15ListBaseModelsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"c\n\x16ListBaseModelsResponse\x12\x30\n\x0b\x62\x61se_models\x18\x01 \x03(\x0b\x32\x1b.modeltraining.v1.BaseModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"V\n\x1aListEmbeddingModelsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"r\n\x1bListEmbeddingModelsResponse\x12:\n\x10\x65mbedding_models\x18\x01 \x03(\x0b\x32 .modeltraining.v1.EmbeddingModel\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"f\n\x18ListModelVersionsRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x16\n\tpage_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"f\n\x19ListModelVersionsResponse\x12\x30\n\x08versions\x18\x01 \x03(\x0b\x32\x1e.modeltraining.v1.ModelVersion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\";\n\x16GetModelVersionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\"?\n\x1aPromoteModelVersionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\">\n\x19\x44\x65leteModelVersionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\"\xa6\x01\n\x19\x45xportModelVersionRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12;\n\x06\x66ormat\x18\x03 \x01(\x0e\x32+.modeltraining.v1.ModelVersion.ExportFormat\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"Q\n\x1a\x45xportModelVersionResponse\x12\x33\n\x0ctraining_job\x18\x01 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJob\"w\n\x15ListModelFilesRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12;\n\x06\x66ormat\x18\x03 \x01(\x0e\x32+.modeltraining.v1.ModelVersion.ExportFormat\"D\n\x16ListModelFilesResponse\x12*\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1b.modeltraining.v1.ModelFile\"\x88\x01\n\x18\x44ownloadModelFileRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0c\n\x04path\x18\x03 \x01(\t\x12;\n\x06\x66ormat\x18\x04 \x01(\x0e\x32+.modeltraining.v1.ModelVersion.ExportFormat\"}\n\x1b\x44ownloadModelArchiveRequest\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12;\n\x06\x66ormat\x18\x03 \x01(\x0e\x32+.modeltraining.v1.ModelVersion.ExportFormat2\x8d\x1a\n\x0cModelService\x12~\n\nListModels\x12#.modeltraining.v1.ListModelsRequest\x1a$.modeltraining.v1.ListModelsResponse\"%\x82\xd3\xe4\x93\x02\x1f\x12\x1d/api/v1/model-training/models\x12x\n\x08GetModel\x12!.modeltraining.v1.GetModelRequest\x1a\x17.modeltraining.v1.Model\"0\x82\xd3\xe4\x93\x02*\x12(/api/v1/model-training/models/{model_id}\x12\x81\x01\n\x0bUpdateModel\x12$.modeltraining.v1.UpdateModelRequest\x1a\x17.modeltraining.v1.Model\"3\x82\xd3\xe4\x93\x02-2(/api/v1/model-training/models/{model_id}:\x01*\x12}\n\x0b\x44\x65leteModel\x12$.modeltraining.v1.DeleteModelRequest\x1a\x16.google.protobuf.Empty\"0\x82\xd3\xe4\x93\x02**(/api/v1/model-training/models/{model_id}\x12\xa9\x01\n\x14\x43reateFineTunedModel\x12-.modeltraining.v1.CreateFineTunedModelRequest\x1a..modeltraining.v1.CreateFineTunedModelResponse\"2\x82\xd3\xe4\x93\x02,\"\'/api/v1/model-training/models/fine-tune:\x01*\x12\x9e\x01\n\x10\x45stimateFineTune\x12).modeltraining.v1.EstimateFineTuneRequest\x1a\x1a.modeltraining.v1.Estimate\"C\x82\xd3\xe4\x93\x02=\"0/api/v1/model-training/models/fine-tune/estimate:\tfine_tune\x12\xa7\x01\n\x11ListModelVersions\x12*.modeltraining.v1.ListModelVersionsRequest\x1a+.modeltraining.v1.ListModelVersionsResponse\"9\x82\xd3\xe4\x93\x02\x33\x12\x31/api/v1/model-training/models/{model_id}/versions\x12\xa0\x01\n\x0fGetModelVersion\x12(.modeltraining.v1.GetModelVersionRequest\x1a\x1e.modeltraining.v1.ModelVersion\"C\x82\xd3\xe4\x93\x02=\x12;/api/v1/model-training/models/{model_id}/versions/{version}\x12\xac\x01\n\x13PromoteModelVersion\x12,.modeltraining.v1.PromoteModelVersionRequest\x1a\x17.modeltraining.v1.Model\"N\x82\xd3\xe4\x93\x02H\"C/api/v1/model-training/models/{model_id}/versions/{version}/promote:\x01*\x12\x9e\x01\n\x12\x44\x65leteModelVersion\x12+.modeltraining.v1.DeleteModelVersionRequest\x1a\x16.google.protobuf.Empty\"C\x82\xd3\xe4\x93\x02=*;/api/v1/model-training/models/{model_id}/versions/{version}\x12\xbe\x01\n\x12\x45xportModelVersion\x12+.modeltraining.v1.ExportModelVersionRequest\x1a,.modeltraining.v1.ExportModelVersionResponse\"M\x82\xd3\xe4\x93\x02G\"B/api/v1/model-training/models/{model_id}/versions/{version}/export:\x01*\x12\xae\x01\n\x0eListModelFiles\x12\'.modeltraining.v1.ListModelFilesRequest\x1a(.modeltraining.v1.ListModelFilesResponse\"I\x82\xd3\xe4\x93\x02\x43\x12\x41/api/v1/model-training/models/{model_id}/versions/{version}/files\x12\xac\x01\n\x11\x44ownloadModelFile\x12*.modeltraining.v1.DownloadModelFileRequest\x1a\x14.google.api.HttpBody\"S\x82\xd3\xe4\x93\x02M\x12K/api/v1/model-training/models/{model_id}/versions/{version}/files/{path=**}0\x01\x12\xaa\x01\n\x14\x44ownloadModelArchive\x12-.modeltraining.v1.DownloadModelArchiveRequest\x1a\x14.google.api.HttpBody\"K\x82\xd3\xe4\x93\x02\x45\x12\x43/api/v1/model-training/models/{model_id}/versions/{version}/archive0\x01\x12\x91\x01\n\x0e\x43reateRagModel\x12\'.modeltraining.v1.CreateRagModelRequest\x1a(.modeltraining.v1.CreateRagModelResponse\",\x82\xd3\xe4\x93\x02&\"!/api/v1/model-training/models/rag:\x01*\x12\xa2\x01\n\x0c\x41\x64\x64\x44ocuments\x12%.modeltraining.v1.AddDocumentsRequest\x1a&.modeltraining.v1.AddDocumentsResponse\"C\x82\xd3\xe4\x93\x02=\"8/api/v1/model-training/models/{model_id}/documents/batch:\x01*\x12\x9c\x01\n\rListDocuments\x12&.modeltraining.v1.ListDocumentsRequest\x1a\'.modeltraining.v1.ListDocumentsResponse\":\x82\xd3\xe4\x93\x02\x34\x12\x32/api/v1/model-training/models/{model_id}/documents\x12\x99\x01\n\x0bGetDocument\x12$.modeltraining.v1.GetDocumentRequest\x1a\x1a.modeltraining.v1.Document\"H\x82\xd3\xe4\x93\x02\x42\x12@/api/v1/model-training/models/{model_id}/documents/{document_id}\x12\x9b\x01\n\x0e\x44\x65leteDocument\x12\'.modeltraining.v1.DeleteDocumentRequest\x1a\x16.google.protobuf.Empty\"H\x82\xd3\xe4\x93\x02\x42*@/api/v1/model-training/models/{model_id}/documents/{document_id}\x12\x8f\x01\n\x0eListBaseModels\x12\'.modeltraining.v1.ListBaseModelsRequest\x1a(.modeltraining.v1.ListBaseModelsResponse\"*\x82\xd3\xe4\x93\x02$\x12\"/api/v1/model-training/base-models\x12\xa3\x01\n\x13ListEmbeddingModels\x12,.modeltraining.v1.ListEmbeddingModelsRequest\x1a-.modeltraining.v1.ListEmbeddingModelsResponse\"/\x82\xd3\xe4\x93\x02)\x12\'/api/v1/model-training/embedding-modelsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,6 +61,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['DeleteModel']._serialized_options = b'\202\323\344\223\002**(/api/v1/model-training/models/{model_id}'
   _globals['_MODELSERVICE'].methods_by_name['CreateFineTunedModel']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['CreateFineTunedModel']._serialized_options = b'\202\323\344\223\002,\"\'/api/v1/model-training/models/fine-tune:\001*'
+  _globals['_MODELSERVICE'].methods_by_name['EstimateFineTune']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['EstimateFineTune']._serialized_options = b'\202\323\344\223\002=\"0/api/v1/model-training/models/fine-tune/estimate:\tfine_tune'
+  _globals['_MODELSERVICE'].methods_by_name['ListModelVersions']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['ListModelVersions']._serialized_options = b'\202\323\344\223\0023\0221/api/v1/model-training/models/{model_id}/versions'
+  _globals['_MODELSERVICE'].methods_by_name['GetModelVersion']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['GetModelVersion']._serialized_options = b'\202\323\344\223\002=\022;/api/v1/model-training/models/{model_id}/versions/{version}'
+  _globals['_MODELSERVICE'].methods_by_name['PromoteModelVersion']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['PromoteModelVersion']._serialized_options = b'\202\323\344\223\002H\"C/api/v1/model-training/models/{model_id}/versions/{version}/promote:\001*'
+  _globals['_MODELSERVICE'].methods_by_name['DeleteModelVersion']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['DeleteModelVersion']._serialized_options = b'\202\323\344\223\002=*;/api/v1/model-training/models/{model_id}/versions/{version}'
+  _globals['_MODELSERVICE'].methods_by_name['ExportModelVersion']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['ExportModelVersion']._serialized_options = b'\202\323\344\223\002G\"B/api/v1/model-training/models/{model_id}/versions/{version}/export:\001*'
+  _globals['_MODELSERVICE'].methods_by_name['ListModelFiles']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['ListModelFiles']._serialized_options = b'\202\323\344\223\002C\022A/api/v1/model-training/models/{model_id}/versions/{version}/files'
+  _globals['_MODELSERVICE'].methods_by_name['DownloadModelFile']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['DownloadModelFile']._serialized_options = b'\202\323\344\223\002M\022K/api/v1/model-training/models/{model_id}/versions/{version}/files/{path=**}'
+  _globals['_MODELSERVICE'].methods_by_name['DownloadModelArchive']._loaded_options = None
+  _globals['_MODELSERVICE'].methods_by_name['DownloadModelArchive']._serialized_options = b'\202\323\344\223\002E\022C/api/v1/model-training/models/{model_id}/versions/{version}/archive'
   _globals['_MODELSERVICE'].methods_by_name['CreateRagModel']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['CreateRagModel']._serialized_options = b'\202\323\344\223\002&\"!/api/v1/model-training/models/rag:\001*'
   _globals['_MODELSERVICE'].methods_by_name['AddDocuments']._loaded_options = None
@@ -72,50 +93,74 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELSERVICE'].methods_by_name['ListBaseModels']._serialized_options = b'\202\323\344\223\002$\022\"/api/v1/model-training/base-models'
   _globals['_MODELSERVICE'].methods_by_name['ListEmbeddingModels']._loaded_options = None
   _globals['_MODELSERVICE'].methods_by_name['ListEmbeddingModels']._serialized_options = b'\202\323\344\223\002)\022\'/api/v1/model-training/embedding-models'
-  _globals['_LISTMODELSREQUEST']._serialized_start=429
-  _globals['_LISTMODELSREQUEST']._serialized_end=616
-  _globals['_LISTMODELSRESPONSE']._serialized_start=618
-  _globals['_LISTMODELSRESPONSE']._serialized_end=704
-  _globals['_GETMODELREQUEST']._serialized_start=706
-  _globals['_GETMODELREQUEST']._serialized_end=741
-  _globals['_UPDATEMODELREQUEST']._serialized_start=744
-  _globals['_UPDATEMODELREQUEST']._serialized_end=1035
-  _globals['_UPDATEMODELREQUEST_LABELSENTRY']._serialized_start=957
-  _globals['_UPDATEMODELREQUEST_LABELSENTRY']._serialized_end=1002
-  _globals['_DELETEMODELREQUEST']._serialized_start=1037
-  _globals['_DELETEMODELREQUEST']._serialized_end=1075
-  _globals['_CREATEFINETUNEDMODELREQUEST']._serialized_start=1078
-  _globals['_CREATEFINETUNEDMODELREQUEST']._serialized_end=1771
-  _globals['_CREATEFINETUNEDMODELREQUEST_LABELSENTRY']._serialized_start=957
-  _globals['_CREATEFINETUNEDMODELREQUEST_LABELSENTRY']._serialized_end=1002
-  _globals['_CREATEFINETUNEDMODELRESPONSE']._serialized_start=1773
-  _globals['_CREATEFINETUNEDMODELRESPONSE']._serialized_end=1896
-  _globals['_CREATERAGMODELREQUEST']._serialized_start=1899
-  _globals['_CREATERAGMODELREQUEST']._serialized_end=2361
-  _globals['_CREATERAGMODELREQUEST_LABELSENTRY']._serialized_start=957
-  _globals['_CREATERAGMODELREQUEST_LABELSENTRY']._serialized_end=1002
-  _globals['_CREATERAGMODELRESPONSE']._serialized_start=2363
-  _globals['_CREATERAGMODELRESPONSE']._serialized_end=2480
-  _globals['_ADDDOCUMENTSREQUEST']._serialized_start=2483
-  _globals['_ADDDOCUMENTSREQUEST']._serialized_end=2618
-  _globals['_ADDDOCUMENTSRESPONSE']._serialized_start=2620
-  _globals['_ADDDOCUMENTSRESPONSE']._serialized_end=2742
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=2745
-  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=2892
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=2894
-  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=2989
-  _globals['_GETDOCUMENTREQUEST']._serialized_start=2991
-  _globals['_GETDOCUMENTREQUEST']._serialized_end=3050
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=3052
-  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=3114
-  _globals['_LISTBASEMODELSREQUEST']._serialized_start=3116
-  _globals['_LISTBASEMODELSREQUEST']._serialized_end=3197
-  _globals['_LISTBASEMODELSRESPONSE']._serialized_start=3199
-  _globals['_LISTBASEMODELSRESPONSE']._serialized_end=3298
-  _globals['_LISTEMBEDDINGMODELSREQUEST']._serialized_start=3300
-  _globals['_LISTEMBEDDINGMODELSREQUEST']._serialized_end=3386
-  _globals['_LISTEMBEDDINGMODELSRESPONSE']._serialized_start=3388
-  _globals['_LISTEMBEDDINGMODELSRESPONSE']._serialized_end=3502
-  _globals['_MODELSERVICE']._serialized_start=3505
-  _globals['_MODELSERVICE']._serialized_end=5298
+  _globals['_LISTMODELSREQUEST']._serialized_start=527
+  _globals['_LISTMODELSREQUEST']._serialized_end=714
+  _globals['_LISTMODELSRESPONSE']._serialized_start=716
+  _globals['_LISTMODELSRESPONSE']._serialized_end=802
+  _globals['_GETMODELREQUEST']._serialized_start=804
+  _globals['_GETMODELREQUEST']._serialized_end=839
+  _globals['_UPDATEMODELREQUEST']._serialized_start=842
+  _globals['_UPDATEMODELREQUEST']._serialized_end=1133
+  _globals['_UPDATEMODELREQUEST_LABELSENTRY']._serialized_start=1055
+  _globals['_UPDATEMODELREQUEST_LABELSENTRY']._serialized_end=1100
+  _globals['_DELETEMODELREQUEST']._serialized_start=1135
+  _globals['_DELETEMODELREQUEST']._serialized_end=1173
+  _globals['_CREATEFINETUNEDMODELREQUEST']._serialized_start=1176
+  _globals['_CREATEFINETUNEDMODELREQUEST']._serialized_end=1935
+  _globals['_CREATEFINETUNEDMODELREQUEST_LABELSENTRY']._serialized_start=1055
+  _globals['_CREATEFINETUNEDMODELREQUEST_LABELSENTRY']._serialized_end=1100
+  _globals['_ESTIMATEFINETUNEREQUEST']._serialized_start=1937
+  _globals['_ESTIMATEFINETUNEREQUEST']._serialized_end=2028
+  _globals['_CREATEFINETUNEDMODELRESPONSE']._serialized_start=2030
+  _globals['_CREATEFINETUNEDMODELRESPONSE']._serialized_end=2153
+  _globals['_CREATERAGMODELREQUEST']._serialized_start=2156
+  _globals['_CREATERAGMODELREQUEST']._serialized_end=2618
+  _globals['_CREATERAGMODELREQUEST_LABELSENTRY']._serialized_start=1055
+  _globals['_CREATERAGMODELREQUEST_LABELSENTRY']._serialized_end=1100
+  _globals['_CREATERAGMODELRESPONSE']._serialized_start=2620
+  _globals['_CREATERAGMODELRESPONSE']._serialized_end=2737
+  _globals['_ADDDOCUMENTSREQUEST']._serialized_start=2740
+  _globals['_ADDDOCUMENTSREQUEST']._serialized_end=2875
+  _globals['_ADDDOCUMENTSRESPONSE']._serialized_start=2877
+  _globals['_ADDDOCUMENTSRESPONSE']._serialized_end=2999
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_start=3002
+  _globals['_LISTDOCUMENTSREQUEST']._serialized_end=3149
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_start=3151
+  _globals['_LISTDOCUMENTSRESPONSE']._serialized_end=3246
+  _globals['_GETDOCUMENTREQUEST']._serialized_start=3248
+  _globals['_GETDOCUMENTREQUEST']._serialized_end=3307
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_start=3309
+  _globals['_DELETEDOCUMENTREQUEST']._serialized_end=3371
+  _globals['_LISTBASEMODELSREQUEST']._serialized_start=3373
+  _globals['_LISTBASEMODELSREQUEST']._serialized_end=3454
+  _globals['_LISTBASEMODELSRESPONSE']._serialized_start=3456
+  _globals['_LISTBASEMODELSRESPONSE']._serialized_end=3555
+  _globals['_LISTEMBEDDINGMODELSREQUEST']._serialized_start=3557
+  _globals['_LISTEMBEDDINGMODELSREQUEST']._serialized_end=3643
+  _globals['_LISTEMBEDDINGMODELSRESPONSE']._serialized_start=3645
+  _globals['_LISTEMBEDDINGMODELSRESPONSE']._serialized_end=3759
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=3761
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=3863
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=3865
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=3967
+  _globals['_GETMODELVERSIONREQUEST']._serialized_start=3969
+  _globals['_GETMODELVERSIONREQUEST']._serialized_end=4028
+  _globals['_PROMOTEMODELVERSIONREQUEST']._serialized_start=4030
+  _globals['_PROMOTEMODELVERSIONREQUEST']._serialized_end=4093
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_start=4095
+  _globals['_DELETEMODELVERSIONREQUEST']._serialized_end=4157
+  _globals['_EXPORTMODELVERSIONREQUEST']._serialized_start=4160
+  _globals['_EXPORTMODELVERSIONREQUEST']._serialized_end=4326
+  _globals['_EXPORTMODELVERSIONRESPONSE']._serialized_start=4328
+  _globals['_EXPORTMODELVERSIONRESPONSE']._serialized_end=4409
+  _globals['_LISTMODELFILESREQUEST']._serialized_start=4411
+  _globals['_LISTMODELFILESREQUEST']._serialized_end=4530
+  _globals['_LISTMODELFILESRESPONSE']._serialized_start=4532
+  _globals['_LISTMODELFILESRESPONSE']._serialized_end=4600
+  _globals['_DOWNLOADMODELFILEREQUEST']._serialized_start=4603
+  _globals['_DOWNLOADMODELFILEREQUEST']._serialized_end=4739
+  _globals['_DOWNLOADMODELARCHIVEREQUEST']._serialized_start=4741
+  _globals['_DOWNLOADMODELARCHIVEREQUEST']._serialized_end=4866
+  _globals['_MODELSERVICE']._serialized_start=4869
+  _globals['_MODELSERVICE']._serialized_end=8210
 # @@protoc_insertion_point(module_scope)

@@ -13,6 +13,7 @@ from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
 from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
 from modeltraining.v1 import message_pb2 as _message_pb2
 from modeltraining.v1 import model_pb2 as _model_pb2
+from modeltraining.v1 import model_version_pb2 as _model_version_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
 from modeltraining.v1 import technique_pb2 as _technique_pb2
 from modeltraining.v1 import training_job_pb2 as _training_job_pb2
@@ -250,6 +251,7 @@ class CreateFineTunedModelRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    WARM_START_FROM_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name for people, 1 to 200 characters. Required unless `model_id` is set."""
     description: _builtins.str
@@ -298,6 +300,12 @@ class CreateFineTunedModelRequest(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The caller's own labels, at most 64; keys 1 to 63 characters, values at most 255."""
 
+    @_builtins.property
+    def warm_start_from(self) -> _fine_tuning_pb2.ModelVersionReference:
+        """Start from the weights of this version instead of the base model alone; optimiser and schedule begin anew. It must have the same
+        base model and the same technique of the same shape. Default: from the base model.
+        """
+
     def __init__(
         self,
         *,
@@ -317,10 +325,11 @@ class CreateFineTunedModelRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        warm_start_from: _fine_tuning_pb2.ModelVersionReference | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "eval_fraction", b"eval_fraction", "full", b"full", "lora", b"lora", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "technique", b"technique", "warm_start_from", b"warm_start_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "base_model", b"base_model", "dataset_id", b"dataset_id", "description", b"description", "display_name", b"display_name", "eval_dataset_id", b"eval_dataset_id", "eval_fraction", b"eval_fraction", "full", b"full", "inline_records", b"inline_records", "labels", b"labels", "lora", b"lora", "model_id", b"model_id", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "request_id", b"request_id", "technique", b"technique", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction", "base_model", b"base_model", "dataset_id", b"dataset_id", "description", b"description", "display_name", b"display_name", "eval_dataset_id", b"eval_dataset_id", "eval_fraction", b"eval_fraction", "full", b"full", "inline_records", b"inline_records", "labels", b"labels", "lora", b"lora", "model_id", b"model_id", "parameters", b"parameters", "peft", b"peft", "qlora", b"qlora", "request_id", b"request_id", "technique", b"technique", "validate_only", b"validate_only", "warm_start_from", b"warm_start_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__eval_fraction: _TypeAlias = _typing.Literal["eval_fraction"]  # noqa: Y015
     _WhichOneofArgType__eval_fraction: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction"]  # noqa: Y015
@@ -332,6 +341,30 @@ class CreateFineTunedModelRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_technique) -> _WhichOneofReturnType_technique | None: ...
 
 Global___CreateFineTunedModelRequest: _TypeAlias = CreateFineTunedModelRequest  # noqa: Y015
+
+@_typing.final
+class EstimateFineTuneRequest(_message.Message):
+    """Asks what a fine-tuning would need."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINE_TUNE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fine_tune(self) -> Global___CreateFineTunedModelRequest:
+        """The fine-tuning, as CreateFineTunedModel takes it; `display_name` may be left out, `request_id` and `validate_only` do nothing. Required."""
+
+    def __init__(
+        self,
+        *,
+        fine_tune: Global___CreateFineTunedModelRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fine_tune", b"fine_tune"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fine_tune", b"fine_tune"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateFineTuneRequest: _TypeAlias = EstimateFineTuneRequest  # noqa: Y015
 
 @_typing.final
 class CreateFineTunedModelResponse(_message.Message):
@@ -780,3 +813,323 @@ class ListEmbeddingModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEmbeddingModelsResponse: _TypeAlias = ListEmbeddingModelsResponse  # noqa: Y015
+
+@_typing.final
+class ListModelVersionsRequest(_message.Message):
+    """Asks for versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    page_size: _builtins.int
+    """Versions per page, 1 to 1000. Default 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "model_id", b"model_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+
+Global___ListModelVersionsRequest: _TypeAlias = ListModelVersionsRequest  # noqa: Y015
+
+@_typing.final
+class ListModelVersionsResponse(_message.Message):
+    """A page of versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty: this is the last."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_model_version_pb2.ModelVersion]:
+        """The versions, newest first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[_model_version_pb2.ModelVersion] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelVersionsResponse: _TypeAlias = ListModelVersionsResponse  # noqa: Y015
+
+@_typing.final
+class GetModelVersionRequest(_message.Message):
+    """Asks for a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelVersionRequest: _TypeAlias = GetModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class PromoteModelVersionRequest(_message.Message):
+    """Promotes a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromoteModelVersionRequest: _TypeAlias = PromoteModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class DeleteModelVersionRequest(_message.Message):
+    """Deletes a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteModelVersionRequest: _TypeAlias = DeleteModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionRequest(_message.Message):
+    """Exports a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    format: _model_version_pb2.ModelVersion.ExportFormat.ValueType
+    """As what. Default: as it is."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check, create nothing; the answer shows what would be created, without an id. Default false."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        format: _model_version_pb2.ModelVersion.ExportFormat.ValueType = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model_id", b"model_id", "request_id", b"request_id", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionRequest: _TypeAlias = ExportModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelVersionResponse(_message.Message):
+    """An export to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def training_job(self) -> _training_job_pb2.TrainingJob:
+        """The job that writes it."""
+
+    def __init__(
+        self,
+        *,
+        training_job: _training_job_pb2.TrainingJob | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["training_job", b"training_job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["training_job", b"training_job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelVersionResponse: _TypeAlias = ExportModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class ListModelFilesRequest(_message.Message):
+    """Asks for files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    format: _model_version_pb2.ModelVersion.ExportFormat.ValueType
+    """Which export. Default: the version's own files."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        format: _model_version_pb2.ModelVersion.ExportFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelFilesRequest: _TypeAlias = ListModelFilesRequest  # noqa: Y015
+
+@_typing.final
+class ListModelFilesResponse(_message.Message):
+    """The files of a version or export: a few dozen at most."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_model_version_pb2.ModelFile]:
+        """The files, by path."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[_model_version_pb2.ModelFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListModelFilesResponse: _TypeAlias = ListModelFilesResponse  # noqa: Y015
+
+@_typing.final
+class DownloadModelFileRequest(_message.Message):
+    """Asks for a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    path: _builtins.str
+    """Path of the file as listed. Required."""
+    format: _model_version_pb2.ModelVersion.ExportFormat.ValueType
+    """Which export. Default: the version's own files."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        path: _builtins.str = ...,
+        format: _model_version_pb2.ModelVersion.ExportFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model_id", b"model_id", "path", b"path", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadModelFileRequest: _TypeAlias = DownloadModelFileRequest  # noqa: Y015
+
+@_typing.final
+class DownloadModelArchiveRequest(_message.Message):
+    """Asks for all files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The model, `mdl_…`. Required."""
+    version: _builtins.int
+    """Its version, from 1. Required."""
+    format: _model_version_pb2.ModelVersion.ExportFormat.ValueType
+    """Which export. Default: the version's own files."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int = ...,
+        format: _model_version_pb2.ModelVersion.ExportFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "model_id", b"model_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadModelArchiveRequest: _TypeAlias = DownloadModelArchiveRequest  # noqa: Y015

@@ -3,10 +3,13 @@
 import grpc
 import warnings
 
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from modeltraining.v1 import document_pb2 as modeltraining_dot_v1_dot_document__pb2
+from modeltraining.v1 import estimate_pb2 as modeltraining_dot_v1_dot_estimate__pb2
 from modeltraining.v1 import model_pb2 as modeltraining_dot_v1_dot_model__pb2
 from modeltraining.v1 import model_service_pb2 as modeltraining_dot_v1_dot_model__service__pb2
+from modeltraining.v1 import model_version_pb2 as modeltraining_dot_v1_dot_model__version__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -62,6 +65,51 @@ class ModelServiceStub:
                 '/modeltraining.v1.ModelService/CreateFineTunedModel',
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelResponse.FromString,
+                _registered_method=True)
+        self.EstimateFineTune = channel.unary_unary(
+                '/modeltraining.v1.ModelService/EstimateFineTune',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.EstimateFineTuneRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_estimate__pb2.Estimate.FromString,
+                _registered_method=True)
+        self.ListModelVersions = channel.unary_unary(
+                '/modeltraining.v1.ModelService/ListModelVersions',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsResponse.FromString,
+                _registered_method=True)
+        self.GetModelVersion = channel.unary_unary(
+                '/modeltraining.v1.ModelService/GetModelVersion',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.GetModelVersionRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__version__pb2.ModelVersion.FromString,
+                _registered_method=True)
+        self.PromoteModelVersion = channel.unary_unary(
+                '/modeltraining.v1.ModelService/PromoteModelVersion',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.PromoteModelVersionRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__pb2.Model.FromString,
+                _registered_method=True)
+        self.DeleteModelVersion = channel.unary_unary(
+                '/modeltraining.v1.ModelService/DeleteModelVersion',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.DeleteModelVersionRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.ExportModelVersion = channel.unary_unary(
+                '/modeltraining.v1.ModelService/ExportModelVersion',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionResponse.FromString,
+                _registered_method=True)
+        self.ListModelFiles = channel.unary_unary(
+                '/modeltraining.v1.ModelService/ListModelFiles',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesResponse.FromString,
+                _registered_method=True)
+        self.DownloadModelFile = channel.unary_stream(
+                '/modeltraining.v1.ModelService/DownloadModelFile',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadModelFileRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.DownloadModelArchive = channel.unary_stream(
+                '/modeltraining.v1.ModelService/DownloadModelArchive',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadModelArchiveRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.CreateRagModel = channel.unary_unary(
                 '/modeltraining.v1.ModelService/CreateRagModel',
@@ -134,6 +182,69 @@ class ModelServiceServicer:
 
     def CreateFineTunedModel(self, request, context):
         """Creates a model, or a version of one, and the job that trains it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateFineTune(self, request, context):
+        """Says what a fine-tuning would need, and whether it fits, without starting it. Over REST the body is that of CreateFineTunedModel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModelVersions(self, request, context):
+        """Lists the versions of a fine-tuned model, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModelVersion(self, request, context):
+        """Reads a version. NOT_FOUND if there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteModelVersion(self, request, context):
+        """Lets a version answer from now on. Promoting an older one rolls back.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteModelVersion(self, request, context):
+        """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportModelVersion(self, request, context):
+        """Creates the job that writes a version as files to download.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModelFiles(self, request, context):
+        """Lists the files of a version or of an export of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadModelFile(self, request, context):
+        """Downloads one file of a version or of an export of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadModelArchive(self, request, context):
+        """Downloads all files of a version or of an export of it as one tar archive.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,6 +326,51 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.CreateFineTunedModel,
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelResponse.SerializeToString,
+            ),
+            'EstimateFineTune': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateFineTune,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.EstimateFineTuneRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_estimate__pb2.Estimate.SerializeToString,
+            ),
+            'ListModelVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelVersions,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsResponse.SerializeToString,
+            ),
+            'GetModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModelVersion,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.GetModelVersionRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__version__pb2.ModelVersion.SerializeToString,
+            ),
+            'PromoteModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteModelVersion,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.PromoteModelVersionRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__pb2.Model.SerializeToString,
+            ),
+            'DeleteModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteModelVersion,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.DeleteModelVersionRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'ExportModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportModelVersion,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionResponse.SerializeToString,
+            ),
+            'ListModelFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModelFiles,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesResponse.SerializeToString,
+            ),
+            'DownloadModelFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadModelFile,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadModelFileRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'DownloadModelArchive': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadModelArchive,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadModelArchiveRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'CreateRagModel': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateRagModel,
@@ -388,6 +544,249 @@ class ModelService:
             '/modeltraining.v1.ModelService/CreateFineTunedModel',
             modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelRequest.SerializeToString,
             modeltraining_dot_v1_dot_model__service__pb2.CreateFineTunedModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateFineTune(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/EstimateFineTune',
+            modeltraining_dot_v1_dot_model__service__pb2.EstimateFineTuneRequest.SerializeToString,
+            modeltraining_dot_v1_dot_estimate__pb2.Estimate.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/ListModelVersions',
+            modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__service__pb2.ListModelVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/GetModelVersion',
+            modeltraining_dot_v1_dot_model__service__pb2.GetModelVersionRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__version__pb2.ModelVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/PromoteModelVersion',
+            modeltraining_dot_v1_dot_model__service__pb2.PromoteModelVersionRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/DeleteModelVersion',
+            modeltraining_dot_v1_dot_model__service__pb2.DeleteModelVersionRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/ExportModelVersion',
+            modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__service__pb2.ExportModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModelFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/ListModelFiles',
+            modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__service__pb2.ListModelFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadModelFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/DownloadModelFile',
+            modeltraining_dot_v1_dot_model__service__pb2.DownloadModelFileRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadModelArchive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/DownloadModelArchive',
+            modeltraining_dot_v1_dot_model__service__pb2.DownloadModelArchiveRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,11 +4,14 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 from modeltraining.v1 import document_pb2 as _document_pb2
+from modeltraining.v1 import estimate_pb2 as _estimate_pb2
 from modeltraining.v1 import model_pb2 as _model_pb2
 from modeltraining.v1 import model_service_pb2 as _model_service_pb2
+from modeltraining.v1 import model_version_pb2 as _model_version_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -46,6 +49,24 @@ class ModelServiceStub:
     """Deletes a model with its files, documents, vectors and served adapters. FAILED_PRECONDITION while a job or another model uses it."""
     CreateFineTunedModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateFineTunedModelRequest, _model_service_pb2.CreateFineTunedModelResponse]
     """Creates a model, or a version of one, and the job that trains it."""
+    EstimateFineTune: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.EstimateFineTuneRequest, _estimate_pb2.Estimate]
+    """Says what a fine-tuning would need, and whether it fits, without starting it. Over REST the body is that of CreateFineTunedModel."""
+    ListModelVersions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelVersionsRequest, _model_service_pb2.ListModelVersionsResponse]
+    """Lists the versions of a fine-tuned model, newest first."""
+    GetModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelVersionRequest, _model_version_pb2.ModelVersion]
+    """Reads a version. NOT_FOUND if there is none."""
+    PromoteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.PromoteModelVersionRequest, _model_pb2.Model]
+    """Lets a version answer from now on. Promoting an older one rolls back."""
+    DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]
+    """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it."""
+    ExportModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ExportModelVersionRequest, _model_service_pb2.ExportModelVersionResponse]
+    """Creates the job that writes a version as files to download."""
+    ListModelFiles: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelFilesRequest, _model_service_pb2.ListModelFilesResponse]
+    """Lists the files of a version or of an export of it."""
+    DownloadModelFile: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelFileRequest, _httpbody_pb2.HttpBody]
+    """Downloads one file of a version or of an export of it."""
+    DownloadModelArchive: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelArchiveRequest, _httpbody_pb2.HttpBody]
+    """Downloads all files of a version or of an export of it as one tar archive."""
     CreateRagModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]
     """Creates a RAG model and the job that indexes its documents."""
     AddDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]
@@ -76,6 +97,24 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Deletes a model with its files, documents, vectors and served adapters. FAILED_PRECONDITION while a job or another model uses it."""
     CreateFineTunedModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateFineTunedModelRequest, _model_service_pb2.CreateFineTunedModelResponse]  # type: ignore[assignment]
     """Creates a model, or a version of one, and the job that trains it."""
+    EstimateFineTune: _aio.UnaryUnaryMultiCallable[_model_service_pb2.EstimateFineTuneRequest, _estimate_pb2.Estimate]  # type: ignore[assignment]
+    """Says what a fine-tuning would need, and whether it fits, without starting it. Over REST the body is that of CreateFineTunedModel."""
+    ListModelVersions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelVersionsRequest, _model_service_pb2.ListModelVersionsResponse]  # type: ignore[assignment]
+    """Lists the versions of a fine-tuned model, newest first."""
+    GetModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelVersionRequest, _model_version_pb2.ModelVersion]  # type: ignore[assignment]
+    """Reads a version. NOT_FOUND if there is none."""
+    PromoteModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.PromoteModelVersionRequest, _model_pb2.Model]  # type: ignore[assignment]
+    """Lets a version answer from now on. Promoting an older one rolls back."""
+    DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
+    """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it."""
+    ExportModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ExportModelVersionRequest, _model_service_pb2.ExportModelVersionResponse]  # type: ignore[assignment]
+    """Creates the job that writes a version as files to download."""
+    ListModelFiles: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelFilesRequest, _model_service_pb2.ListModelFilesResponse]  # type: ignore[assignment]
+    """Lists the files of a version or of an export of it."""
+    DownloadModelFile: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelFileRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """Downloads one file of a version or of an export of it."""
+    DownloadModelArchive: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelArchiveRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """Downloads all files of a version or of an export of it as one tar archive."""
     CreateRagModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]  # type: ignore[assignment]
     """Creates a RAG model and the job that indexes its documents."""
     AddDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]  # type: ignore[assignment]
@@ -133,6 +172,78 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.CreateFineTunedModelResponse, _abc.Awaitable[_model_service_pb2.CreateFineTunedModelResponse]]:
         """Creates a model, or a version of one, and the job that trains it."""
+
+    @_abc_1.abstractmethod
+    def EstimateFineTune(
+        self,
+        request: _model_service_pb2.EstimateFineTuneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_estimate_pb2.Estimate, _abc.Awaitable[_estimate_pb2.Estimate]]:
+        """Says what a fine-tuning would need, and whether it fits, without starting it. Over REST the body is that of CreateFineTunedModel."""
+
+    @_abc_1.abstractmethod
+    def ListModelVersions(
+        self,
+        request: _model_service_pb2.ListModelVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ListModelVersionsResponse, _abc.Awaitable[_model_service_pb2.ListModelVersionsResponse]]:
+        """Lists the versions of a fine-tuned model, newest first."""
+
+    @_abc_1.abstractmethod
+    def GetModelVersion(
+        self,
+        request: _model_service_pb2.GetModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_version_pb2.ModelVersion, _abc.Awaitable[_model_version_pb2.ModelVersion]]:
+        """Reads a version. NOT_FOUND if there is none."""
+
+    @_abc_1.abstractmethod
+    def PromoteModelVersion(
+        self,
+        request: _model_service_pb2.PromoteModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.Model, _abc.Awaitable[_model_pb2.Model]]:
+        """Lets a version answer from now on. Promoting an older one rolls back."""
+
+    @_abc_1.abstractmethod
+    def DeleteModelVersion(
+        self,
+        request: _model_service_pb2.DeleteModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
+        """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it."""
+
+    @_abc_1.abstractmethod
+    def ExportModelVersion(
+        self,
+        request: _model_service_pb2.ExportModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ExportModelVersionResponse, _abc.Awaitable[_model_service_pb2.ExportModelVersionResponse]]:
+        """Creates the job that writes a version as files to download."""
+
+    @_abc_1.abstractmethod
+    def ListModelFiles(
+        self,
+        request: _model_service_pb2.ListModelFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ListModelFilesResponse, _abc.Awaitable[_model_service_pb2.ListModelFilesResponse]]:
+        """Lists the files of a version or of an export of it."""
+
+    @_abc_1.abstractmethod
+    def DownloadModelFile(
+        self,
+        request: _model_service_pb2.DownloadModelFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """Downloads one file of a version or of an export of it."""
+
+    @_abc_1.abstractmethod
+    def DownloadModelArchive(
+        self,
+        request: _model_service_pb2.DownloadModelArchiveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """Downloads all files of a version or of an export of it as one tar archive."""
 
     @_abc_1.abstractmethod
     def CreateRagModel(

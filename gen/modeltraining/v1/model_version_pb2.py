@@ -23,19 +23,34 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from modeltraining.v1 import fine_tuning_pb2 as modeltraining_dot_v1_dot_fine__tuning__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$modeltraining/v1/model_version.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb8\x02\n\x0cModelVersion\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x15\n\rbase_revision\x18\x05 \x01(\t\x12<\n\x07metrics\x18\x06 \x03(\x0b\x32+.modeltraining.v1.ModelVersion.MetricsEntry\x12\x12\n\nsize_bytes\x18\x07 \x01(\x01\x12\x17\n\x0fmanifest_sha256\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$modeltraining/v1/model_version.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"modeltraining/v1/fine_tuning.proto\"=\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x01\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x96\x08\n\x0cModelVersion\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\x12\x0e\n\x06job_id\x18\x03 \x01(\t\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x15\n\rbase_revision\x18\x05 \x01(\t\x12<\n\x07metrics\x18\x06 \x03(\x0b\x32+.modeltraining.v1.ModelVersion.MetricsEntry\x12\x12\n\nsize_bytes\x18\x07 \x01(\x01\x12\x17\n\x0fmanifest_sha256\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07serving\x18\n \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\x05\x12\x17\n\x0f\x63heckpoint_step\x18\x0c \x01(\x05\x12:\n\x10\x65\x66\x66\x65\x63tive_config\x18\r \x01(\x0b\x32 .modeltraining.v1.FineTuneConfig\x12M\n\x10library_versions\x18\x0e \x03(\x0b\x32\x33.modeltraining.v1.ModelVersion.LibraryVersionsEntry\x12\x17\n\x0ftemplate_sha256\x18\x0f \x01(\t\x12\x36\n\x07\x65xports\x18\x10 \x03(\x0b\x32%.modeltraining.v1.ModelVersion.Export\x1a\xa8\x02\n\x06\x45xport\x12;\n\x06\x66ormat\x18\x01 \x01(\x0e\x32+.modeltraining.v1.ModelVersion.ExportFormat\x12\x0e\n\x06job_id\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x01\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12\x43\n\x07metrics\x18\x05 \x03(\x0b\x32\x32.modeltraining.v1.ModelVersion.Export.MetricsEntry\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x36\n\x14LibraryVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"b\n\x0c\x45xportFormat\x12\x1d\n\x19\x45XPORT_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XPORT_FORMAT_ADAPTER\x10\x01\x12\x18\n\x14\x45XPORT_FORMAT_MERGED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.model_version_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MODELVERSION_EXPORT_METRICSENTRY']._loaded_options = None
+  _globals['_MODELVERSION_EXPORT_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_MODELVERSION_METRICSENTRY']._loaded_options = None
   _globals['_MODELVERSION_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELVERSION']._serialized_start=92
-  _globals['_MODELVERSION']._serialized_end=404
-  _globals['_MODELVERSION_METRICSENTRY']._serialized_start=358
-  _globals['_MODELVERSION_METRICSENTRY']._serialized_end=404
+  _globals['_MODELVERSION_LIBRARYVERSIONSENTRY']._loaded_options = None
+  _globals['_MODELVERSION_LIBRARYVERSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_MODELFILE']._serialized_start=127
+  _globals['_MODELFILE']._serialized_end=188
+  _globals['_MODELVERSION']._serialized_start=191
+  _globals['_MODELVERSION']._serialized_end=1237
+  _globals['_MODELVERSION_EXPORT']._serialized_start=737
+  _globals['_MODELVERSION_EXPORT']._serialized_end=1033
+  _globals['_MODELVERSION_EXPORT_METRICSENTRY']._serialized_start=987
+  _globals['_MODELVERSION_EXPORT_METRICSENTRY']._serialized_end=1033
+  _globals['_MODELVERSION_METRICSENTRY']._serialized_start=987
+  _globals['_MODELVERSION_METRICSENTRY']._serialized_end=1033
+  _globals['_MODELVERSION_LIBRARYVERSIONSENTRY']._serialized_start=1083
+  _globals['_MODELVERSION_LIBRARYVERSIONSENTRY']._serialized_end=1137
+  _globals['_MODELVERSION_EXPORTFORMAT']._serialized_start=1139
+  _globals['_MODELVERSION_EXPORTFORMAT']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)

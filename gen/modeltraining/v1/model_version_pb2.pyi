@@ -8,6 +8,8 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,10 +22,127 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ModelFile(_message.Message):
+    """A file of a version, or of its export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path inside the version, for example "adapter_model.safetensors"."""
+    size_bytes: _builtins.float
+    """Size, bytes."""
+    sha256: _builtins.str
+    """SHA-256 of its content, hexadecimal."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        size_bytes: _builtins.float = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFile: _TypeAlias = ModelFile  # noqa: Y015
+
+@_typing.final
 class ModelVersion(_message.Message):
     """One immutable result of a fine-tuning, with all that it came from."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _ExportFormat:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ExportFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ModelVersion._ExportFormat.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        EXPORT_FORMAT_UNSPECIFIED: ModelVersion._ExportFormat.ValueType  # 0
+        """As it is: an adapter for an adapter, a whole model for a fully trained one."""
+        EXPORT_FORMAT_ADAPTER: ModelVersion._ExportFormat.ValueType  # 1
+        """The adapter alone, as peft reads it."""
+        EXPORT_FORMAT_MERGED: ModelVersion._ExportFormat.ValueType  # 2
+        """A whole model, the adapter merged into the base that it was trained on, as transformers reads it."""
+
+    class ExportFormat(_ExportFormat, metaclass=_ExportFormatEnumTypeWrapper):
+        """What a version can be exported as."""
+
+    EXPORT_FORMAT_UNSPECIFIED: ModelVersion.ExportFormat.ValueType  # 0
+    """As it is: an adapter for an adapter, a whole model for a fully trained one."""
+    EXPORT_FORMAT_ADAPTER: ModelVersion.ExportFormat.ValueType  # 1
+    """The adapter alone, as peft reads it."""
+    EXPORT_FORMAT_MERGED: ModelVersion.ExportFormat.ValueType  # 2
+    """A whole model, the adapter merged into the base that it was trained on, as transformers reads it."""
+
+    @_typing.final
+    class Export(_message.Message):
+        """A finished export."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class MetricsEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.float
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.float = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        FORMAT_FIELD_NUMBER: _builtins.int
+        JOB_ID_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
+        METRICS_FIELD_NUMBER: _builtins.int
+        CREATE_TIME_FIELD_NUMBER: _builtins.int
+        format: Global___ModelVersion.ExportFormat.ValueType
+        """As what."""
+        job_id: _builtins.str
+        """Job that made it."""
+        size_bytes: _builtins.float
+        """Size of its files, bytes."""
+        manifest_sha256: _builtins.str
+        """SHA-256 of its manifest, hexadecimal."""
+        @_builtins.property
+        def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+            """Figures by name, for example "merge_mean_logit_difference"."""
+
+        @_builtins.property
+        def create_time(self) -> _timestamp_pb2.Timestamp:
+            """When it was made."""
+
+        def __init__(
+            self,
+            *,
+            format: Global___ModelVersion.ExportFormat.ValueType = ...,
+            job_id: _builtins.str = ...,
+            size_bytes: _builtins.float = ...,
+            manifest_sha256: _builtins.str = ...,
+            metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+            create_time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "format", b"format", "job_id", b"job_id", "manifest_sha256", b"manifest_sha256", "metrics", b"metrics", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class MetricsEntry(_message.Message):
@@ -45,6 +164,26 @@ class ModelVersion(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class LibraryVersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
@@ -54,6 +193,13 @@ class ModelVersion(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_CONFIG_FIELD_NUMBER: _builtins.int
+    LIBRARY_VERSIONS_FIELD_NUMBER: _builtins.int
+    TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
+    EXPORTS_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model that it is of."""
     version: _builtins.int
@@ -68,6 +214,14 @@ class ModelVersion(_message.Message):
     """Size of its files, bytes."""
     manifest_sha256: _builtins.str
     """SHA-256 of its manifest, which holds that of each file; hexadecimal."""
+    serving: _builtins.bool
+    """True: this version answers."""
+    attempt: _builtins.int
+    """Attempt of the job that made it, from 1."""
+    checkpoint_step: _builtins.int
+    """Optimiser step whose weights it has."""
+    template_sha256: _builtins.str
+    """SHA-256 of the chat template that it was trained with, hexadecimal."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Figures by name, for example "loss", "eval_loss", "trained_tokens"."""
@@ -75,6 +229,18 @@ class ModelVersion(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
+
+    @_builtins.property
+    def effective_config(self) -> _fine_tuning_pb2.FineTuneConfig:
+        """How it was trained, everything filled in: base model, datasets with their hashes, technique, parameters."""
+
+    @_builtins.property
+    def library_versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of the libraries that trained it, by name."""
+
+    @_builtins.property
+    def exports(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelVersion.Export]:
+        """Exports of it that can be downloaded."""
 
     def __init__(
         self,
@@ -88,10 +254,17 @@ class ModelVersion(_message.Message):
         size_bytes: _builtins.float = ...,
         manifest_sha256: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        serving: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
+        checkpoint_step: _builtins.int = ...,
+        effective_config: _fine_tuning_pb2.FineTuneConfig | None = ...,
+        library_versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        template_sha256: _builtins.str = ...,
+        exports: _abc.Iterable[Global___ModelVersion.Export] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "effective_config", b"effective_config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "base_revision", b"base_revision", "create_time", b"create_time", "job_id", b"job_id", "manifest_sha256", b"manifest_sha256", "metrics", b"metrics", "model_id", b"model_id", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_model", b"base_model", "base_revision", b"base_revision", "checkpoint_step", b"checkpoint_step", "create_time", b"create_time", "effective_config", b"effective_config", "exports", b"exports", "job_id", b"job_id", "library_versions", b"library_versions", "manifest_sha256", b"manifest_sha256", "metrics", b"metrics", "model_id", b"model_id", "serving", b"serving", "size_bytes", b"size_bytes", "template_sha256", b"template_sha256", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/technique.proto\x12\x10modeltraining.v1\"\x0f\n\rFullTechnique\"\x83\x01\n\rLoraTechnique\x12\x11\n\x04rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x64ropout\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\tB\x07\n\x05_rankB\x08\n\x06_alphaB\n\n\x08_dropout\"\xbe\x03\n\x0eQloraTechnique\x12-\n\x04lora\x18\x01 \x01(\x0b\x32\x1f.modeltraining.v1.LoraTechnique\x12\x43\n\x0cquantization\x18\x02 \x01(\x0e\x32-.modeltraining.v1.QloraTechnique.Quantization\x12 \n\x13\x64ouble_quantization\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x42\n\x0c\x63ompute_type\x18\x04 \x01(\x0e\x32,.modeltraining.v1.QloraTechnique.ComputeType\"X\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x14\n\x10QUANTIZATION_NF4\x10\x01\x12\x14\n\x10QUANTIZATION_FP4\x10\x02\"`\n\x0b\x43omputeType\x12\x1c\n\x18\x43OMPUTE_TYPE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMPUTE_TYPE_BFLOAT16\x10\x01\x12\x18\n\x14\x43OMPUTE_TYPE_FLOAT32\x10\x02\x42\x16\n\x14_double_quantization\"\xe5\x07\n\rPeftTechnique\x12\x45\n\rprompt_tuning\x18\x01 \x01(\x0b\x32,.modeltraining.v1.PeftTechnique.PromptTuningH\x00\x12;\n\x08p_tuning\x18\x02 \x01(\x0b\x32\'.modeltraining.v1.PeftTechnique.PTuningH\x00\x12\x45\n\rprefix_tuning\x18\x03 \x01(\x0b\x32,.modeltraining.v1.PeftTechnique.PrefixTuningH\x00\x12\x32\n\x03ia3\x18\x04 \x01(\x0b\x32#.modeltraining.v1.PeftTechnique.Ia3H\x00\x12:\n\x07\x61\x64\x61lora\x18\x05 \x01(\x0b\x32\'.modeltraining.v1.PeftTechnique.AdaLoraH\x00\x12\x34\n\x04vera\x18\x06 \x01(\x0b\x32$.modeltraining.v1.PeftTechnique.VeraH\x00\x12\x32\n\x03oft\x18\x07 \x01(\x0b\x32#.modeltraining.v1.PeftTechnique.OftH\x00\x12L\n\x11layer_norm_tuning\x18\x08 \x01(\x0b\x32/.modeltraining.v1.PeftTechnique.LayerNormTuningH\x00\x1aT\n\x0cPromptTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0cinitial_text\x18\x02 \x01(\tB\x11\n\x0f_virtual_tokens\x1as\n\x07PTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12 \n\x13\x65ncoder_hidden_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x11\n\x0f_virtual_tokensB\x16\n\x14_encoder_hidden_size\x1a>\n\x0cPrefixTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x11\n\x0f_virtual_tokens\x1a\x05\n\x03Ia3\x1a_\n\x07\x41\x64\x61Lora\x12\x19\n\x0cinitial_rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btarget_rank\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x0f\n\r_initial_rankB\x0e\n\x0c_target_rank\x1a\"\n\x04Vera\x12\x11\n\x04rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_rank\x1a-\n\x03Oft\x12\x17\n\nblock_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_block_size\x1a\x11\n\x0fLayerNormTuningB\x08\n\x06methodb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/technique.proto\x12\x10modeltraining.v1\"\x0f\n\rFullTechnique\"\xcf\x03\n\rLoraTechnique\x12\x11\n\x04rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x07\x64ropout\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\x0etarget_modules\x18\x04 \x03(\t\x12\x1c\n\x0frank_stabilized\x18\x05 \x01(\x08H\x03\x88\x01\x01\x12\x11\n\x04\x64ora\x18\x06 \x01(\x08H\x04\x88\x01\x01\x12\x46\n\x0einitialization\x18\x07 \x01(\x0e\x32..modeltraining.v1.LoraTechnique.Initialization\"\xb3\x01\n\x0eInitialization\x12\x1e\n\x1aINITIALIZATION_UNSPECIFIED\x10\x00\x12\x1b\n\x17INITIALIZATION_STANDARD\x10\x01\x12\x18\n\x14INITIALIZATION_PISSA\x10\x02\x12\x18\n\x14INITIALIZATION_OLORA\x10\x03\x12\x18\n\x14INITIALIZATION_LOFTQ\x10\x04\x12\x16\n\x12INITIALIZATION_EVA\x10\x05\x42\x07\n\x05_rankB\x08\n\x06_alphaB\n\n\x08_dropoutB\x12\n\x10_rank_stabilizedB\x07\n\x05_dora\"\xbe\x03\n\x0eQloraTechnique\x12-\n\x04lora\x18\x01 \x01(\x0b\x32\x1f.modeltraining.v1.LoraTechnique\x12\x43\n\x0cquantization\x18\x02 \x01(\x0e\x32-.modeltraining.v1.QloraTechnique.Quantization\x12 \n\x13\x64ouble_quantization\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x42\n\x0c\x63ompute_type\x18\x04 \x01(\x0e\x32,.modeltraining.v1.QloraTechnique.ComputeType\"X\n\x0cQuantization\x12\x1c\n\x18QUANTIZATION_UNSPECIFIED\x10\x00\x12\x14\n\x10QUANTIZATION_NF4\x10\x01\x12\x14\n\x10QUANTIZATION_FP4\x10\x02\"`\n\x0b\x43omputeType\x12\x1c\n\x18\x43OMPUTE_TYPE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OMPUTE_TYPE_BFLOAT16\x10\x01\x12\x18\n\x14\x43OMPUTE_TYPE_FLOAT32\x10\x02\x42\x16\n\x14_double_quantization\"\xe5\x07\n\rPeftTechnique\x12\x45\n\rprompt_tuning\x18\x01 \x01(\x0b\x32,.modeltraining.v1.PeftTechnique.PromptTuningH\x00\x12;\n\x08p_tuning\x18\x02 \x01(\x0b\x32\'.modeltraining.v1.PeftTechnique.PTuningH\x00\x12\x45\n\rprefix_tuning\x18\x03 \x01(\x0b\x32,.modeltraining.v1.PeftTechnique.PrefixTuningH\x00\x12\x32\n\x03ia3\x18\x04 \x01(\x0b\x32#.modeltraining.v1.PeftTechnique.Ia3H\x00\x12:\n\x07\x61\x64\x61lora\x18\x05 \x01(\x0b\x32\'.modeltraining.v1.PeftTechnique.AdaLoraH\x00\x12\x34\n\x04vera\x18\x06 \x01(\x0b\x32$.modeltraining.v1.PeftTechnique.VeraH\x00\x12\x32\n\x03oft\x18\x07 \x01(\x0b\x32#.modeltraining.v1.PeftTechnique.OftH\x00\x12L\n\x11layer_norm_tuning\x18\x08 \x01(\x0b\x32/.modeltraining.v1.PeftTechnique.LayerNormTuningH\x00\x1aT\n\x0cPromptTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0cinitial_text\x18\x02 \x01(\tB\x11\n\x0f_virtual_tokens\x1as\n\x07PTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12 \n\x13\x65ncoder_hidden_size\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x11\n\x0f_virtual_tokensB\x16\n\x14_encoder_hidden_size\x1a>\n\x0cPrefixTuning\x12\x1b\n\x0evirtual_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x11\n\x0f_virtual_tokens\x1a\x05\n\x03Ia3\x1a_\n\x07\x41\x64\x61Lora\x12\x19\n\x0cinitial_rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btarget_rank\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\x0f\n\r_initial_rankB\x0e\n\x0c_target_rank\x1a\"\n\x04Vera\x12\x11\n\x04rank\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\x07\n\x05_rank\x1a-\n\x03Oft\x12\x17\n\nblock_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_block_size\x1a\x11\n\x0fLayerNormTuningB\x08\n\x06methodb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FULLTECHNIQUE']._serialized_start=54
   _globals['_FULLTECHNIQUE']._serialized_end=69
   _globals['_LORATECHNIQUE']._serialized_start=72
-  _globals['_LORATECHNIQUE']._serialized_end=203
-  _globals['_QLORATECHNIQUE']._serialized_start=206
-  _globals['_QLORATECHNIQUE']._serialized_end=652
-  _globals['_QLORATECHNIQUE_QUANTIZATION']._serialized_start=442
-  _globals['_QLORATECHNIQUE_QUANTIZATION']._serialized_end=530
-  _globals['_QLORATECHNIQUE_COMPUTETYPE']._serialized_start=532
-  _globals['_QLORATECHNIQUE_COMPUTETYPE']._serialized_end=628
-  _globals['_PEFTTECHNIQUE']._serialized_start=655
-  _globals['_PEFTTECHNIQUE']._serialized_end=1652
-  _globals['_PEFTTECHNIQUE_PROMPTTUNING']._serialized_start=1171
-  _globals['_PEFTTECHNIQUE_PROMPTTUNING']._serialized_end=1255
-  _globals['_PEFTTECHNIQUE_PTUNING']._serialized_start=1257
-  _globals['_PEFTTECHNIQUE_PTUNING']._serialized_end=1372
-  _globals['_PEFTTECHNIQUE_PREFIXTUNING']._serialized_start=1374
-  _globals['_PEFTTECHNIQUE_PREFIXTUNING']._serialized_end=1436
-  _globals['_PEFTTECHNIQUE_IA3']._serialized_start=1438
-  _globals['_PEFTTECHNIQUE_IA3']._serialized_end=1443
-  _globals['_PEFTTECHNIQUE_ADALORA']._serialized_start=1445
-  _globals['_PEFTTECHNIQUE_ADALORA']._serialized_end=1540
-  _globals['_PEFTTECHNIQUE_VERA']._serialized_start=1542
-  _globals['_PEFTTECHNIQUE_VERA']._serialized_end=1576
-  _globals['_PEFTTECHNIQUE_OFT']._serialized_start=1578
-  _globals['_PEFTTECHNIQUE_OFT']._serialized_end=1623
-  _globals['_PEFTTECHNIQUE_LAYERNORMTUNING']._serialized_start=1625
-  _globals['_PEFTTECHNIQUE_LAYERNORMTUNING']._serialized_end=1642
+  _globals['_LORATECHNIQUE']._serialized_end=535
+  _globals['_LORATECHNIQUE_INITIALIZATION']._serialized_start=296
+  _globals['_LORATECHNIQUE_INITIALIZATION']._serialized_end=475
+  _globals['_QLORATECHNIQUE']._serialized_start=538
+  _globals['_QLORATECHNIQUE']._serialized_end=984
+  _globals['_QLORATECHNIQUE_QUANTIZATION']._serialized_start=774
+  _globals['_QLORATECHNIQUE_QUANTIZATION']._serialized_end=862
+  _globals['_QLORATECHNIQUE_COMPUTETYPE']._serialized_start=864
+  _globals['_QLORATECHNIQUE_COMPUTETYPE']._serialized_end=960
+  _globals['_PEFTTECHNIQUE']._serialized_start=987
+  _globals['_PEFTTECHNIQUE']._serialized_end=1984
+  _globals['_PEFTTECHNIQUE_PROMPTTUNING']._serialized_start=1503
+  _globals['_PEFTTECHNIQUE_PROMPTTUNING']._serialized_end=1587
+  _globals['_PEFTTECHNIQUE_PTUNING']._serialized_start=1589
+  _globals['_PEFTTECHNIQUE_PTUNING']._serialized_end=1704
+  _globals['_PEFTTECHNIQUE_PREFIXTUNING']._serialized_start=1706
+  _globals['_PEFTTECHNIQUE_PREFIXTUNING']._serialized_end=1768
+  _globals['_PEFTTECHNIQUE_IA3']._serialized_start=1770
+  _globals['_PEFTTECHNIQUE_IA3']._serialized_end=1775
+  _globals['_PEFTTECHNIQUE_ADALORA']._serialized_start=1777
+  _globals['_PEFTTECHNIQUE_ADALORA']._serialized_end=1872
+  _globals['_PEFTTECHNIQUE_VERA']._serialized_start=1874
+  _globals['_PEFTTECHNIQUE_VERA']._serialized_end=1908
+  _globals['_PEFTTECHNIQUE_OFT']._serialized_start=1910
+  _globals['_PEFTTECHNIQUE_OFT']._serialized_end=1955
+  _globals['_PEFTTECHNIQUE_LAYERNORMTUNING']._serialized_start=1957
+  _globals['_PEFTTECHNIQUE_LAYERNORMTUNING']._serialized_end=1974
 # @@protoc_insertion_point(module_scope)

@@ -42,16 +42,60 @@ class LoraTechnique(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Initialization:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _InitializationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LoraTechnique._Initialization.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        INITIALIZATION_UNSPECIFIED: LoraTechnique._Initialization.ValueType  # 0
+        """STANDARD."""
+        INITIALIZATION_STANDARD: LoraTechnique._Initialization.ValueType  # 1
+        """The first factor random, the second zero: the model starts as the base."""
+        INITIALIZATION_PISSA: LoraTechnique._Initialization.ValueType  # 2
+        """The principal singular vectors of each weight (PiSSA)."""
+        INITIALIZATION_OLORA: LoraTechnique._Initialization.ValueType  # 3
+        """An orthonormal basis of each weight, by QR decomposition (OLoRA)."""
+        INITIALIZATION_LOFTQ: LoraTechnique._Initialization.ValueType  # 4
+        """What makes up best for the error of 4-bit weights (LoftQ). Under `qlora` only."""
+        INITIALIZATION_EVA: LoraTechnique._Initialization.ValueType  # 5
+        """The principal directions of the activations of the first records (EVA)."""
+
+    class Initialization(_Initialization, metaclass=_InitializationEnumTypeWrapper):
+        """How the adapter starts."""
+
+    INITIALIZATION_UNSPECIFIED: LoraTechnique.Initialization.ValueType  # 0
+    """STANDARD."""
+    INITIALIZATION_STANDARD: LoraTechnique.Initialization.ValueType  # 1
+    """The first factor random, the second zero: the model starts as the base."""
+    INITIALIZATION_PISSA: LoraTechnique.Initialization.ValueType  # 2
+    """The principal singular vectors of each weight (PiSSA)."""
+    INITIALIZATION_OLORA: LoraTechnique.Initialization.ValueType  # 3
+    """An orthonormal basis of each weight, by QR decomposition (OLoRA)."""
+    INITIALIZATION_LOFTQ: LoraTechnique.Initialization.ValueType  # 4
+    """What makes up best for the error of 4-bit weights (LoftQ). Under `qlora` only."""
+    INITIALIZATION_EVA: LoraTechnique.Initialization.ValueType  # 5
+    """The principal directions of the activations of the first records (EVA)."""
+
     RANK_FIELD_NUMBER: _builtins.int
     ALPHA_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    RANK_STABILIZED_FIELD_NUMBER: _builtins.int
+    DORA_FIELD_NUMBER: _builtins.int
+    INITIALIZATION_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank of the update matrices, 1 to 1024. Default 16."""
     alpha: _builtins.float
     """Scale of the update: it is multiplied by alpha / rank. Above 0, at most 65,536. Default 32."""
     dropout: _builtins.float
     """Share of the adapter's inputs zeroed while training, 0 to 0.9. Default 0."""
+    rank_stabilized: _builtins.bool
+    """Scale by alpha / sqrt(rank) instead (rsLoRA), which suits high ranks. Default false."""
+    dora: _builtins.bool
+    """Learn the magnitude of each weight's columns apart from their direction (DoRA). Slower. Default false."""
+    initialization: Global___LoraTechnique.Initialization.ValueType
+    """How the adapter starts. Default STANDARD."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the linear layers to adapt, for example "q_proj", at most 64. Default: the one word "all-linear",
@@ -65,23 +109,34 @@ class LoraTechnique(_message.Message):
         alpha: _builtins.float | None = ...,
         dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        rank_stabilized: _builtins.bool | None = ...,
+        dora: _builtins.bool | None = ...,
+        initialization: Global___LoraTechnique.Initialization.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dora", b"_dora", "_dropout", b"_dropout", "_rank", b"_rank", "_rank_stabilized", b"_rank_stabilized", "alpha", b"alpha", "dora", b"dora", "dropout", b"dropout", "rank", b"rank", "rank_stabilized", b"rank_stabilized"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dora", b"_dora", "_dropout", b"_dropout", "_rank", b"_rank", "_rank_stabilized", b"_rank_stabilized", "alpha", b"alpha", "dora", b"dora", "dropout", b"dropout", "initialization", b"initialization", "rank", b"rank", "rank_stabilized", b"rank_stabilized", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__dora: _TypeAlias = _typing.Literal["dora"]  # noqa: Y015
+    _WhichOneofArgType__dora: _TypeAlias = _typing.Literal["_dora", b"_dora"]  # noqa: Y015
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__rank_stabilized: _TypeAlias = _typing.Literal["rank_stabilized"]  # noqa: Y015
+    _WhichOneofArgType__rank_stabilized: _TypeAlias = _typing.Literal["_rank_stabilized", b"_rank_stabilized"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dora) -> _WhichOneofReturnType__dora | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank_stabilized) -> _WhichOneofReturnType__rank_stabilized | None: ...
 
 Global___LoraTechnique: _TypeAlias = LoraTechnique  # noqa: Y015
 

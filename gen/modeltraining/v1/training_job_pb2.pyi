@@ -10,6 +10,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from modeltraining.v1 import estimate_pb2 as _estimate_pb2
 from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
+from modeltraining.v1 import model_version_pb2 as _model_version_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
 import builtins as _builtins
 import sys
@@ -215,6 +216,7 @@ class TrainingJob(_message.Message):
         PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
         TOKENS_FIELD_NUMBER: _builtins.int
         ARTIFACT_BYTES_FIELD_NUMBER: _builtins.int
+        PEAK_DEVICE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
         compute_seconds: _builtins.float
         """Time that its processes worked, seconds."""
         peak_memory_bytes: _builtins.float
@@ -223,6 +225,8 @@ class TrainingJob(_message.Message):
         """Tokens read, padding not counted."""
         artifact_bytes: _builtins.float
         """Size of its result on disk, bytes."""
+        peak_device_memory_bytes: _builtins.float
+        """Peak memory of its process on the accelerator, bytes. Unset: none was used."""
         def __init__(
             self,
             *,
@@ -230,13 +234,19 @@ class TrainingJob(_message.Message):
             peak_memory_bytes: _builtins.float | None = ...,
             tokens: _builtins.float = ...,
             artifact_bytes: _builtins.float = ...,
+            peak_device_memory_bytes: _builtins.float | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_peak_memory_bytes", b"_peak_memory_bytes", "peak_memory_bytes", b"peak_memory_bytes"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_peak_device_memory_bytes", b"_peak_device_memory_bytes", "_peak_memory_bytes", b"_peak_memory_bytes", "peak_device_memory_bytes", b"peak_device_memory_bytes", "peak_memory_bytes", b"peak_memory_bytes"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_peak_memory_bytes", b"_peak_memory_bytes", "artifact_bytes", b"artifact_bytes", "compute_seconds", b"compute_seconds", "peak_memory_bytes", b"peak_memory_bytes", "tokens", b"tokens"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_peak_device_memory_bytes", b"_peak_device_memory_bytes", "_peak_memory_bytes", b"_peak_memory_bytes", "artifact_bytes", b"artifact_bytes", "compute_seconds", b"compute_seconds", "peak_device_memory_bytes", b"peak_device_memory_bytes", "peak_memory_bytes", b"peak_memory_bytes", "tokens", b"tokens"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__peak_device_memory_bytes: _TypeAlias = _typing.Literal["peak_device_memory_bytes"]  # noqa: Y015
+        _WhichOneofArgType__peak_device_memory_bytes: _TypeAlias = _typing.Literal["_peak_device_memory_bytes", b"_peak_device_memory_bytes"]  # noqa: Y015
         _WhichOneofReturnType__peak_memory_bytes: _TypeAlias = _typing.Literal["peak_memory_bytes"]  # noqa: Y015
         _WhichOneofArgType__peak_memory_bytes: _TypeAlias = _typing.Literal["_peak_memory_bytes", b"_peak_memory_bytes"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_device_memory_bytes) -> _WhichOneofReturnType__peak_device_memory_bytes | None: ...
+        @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_memory_bytes) -> _WhichOneofReturnType__peak_memory_bytes | None: ...
 
     @_typing.final
@@ -266,6 +276,126 @@ class TrainingJob(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class ExportConfig(_message.Message):
+        """An export fully resolved."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VERSION_FIELD_NUMBER: _builtins.int
+        FORMAT_FIELD_NUMBER: _builtins.int
+        version: _builtins.int
+        """Version of the model."""
+        format: _model_version_pb2.ModelVersion.ExportFormat.ValueType
+        """As what."""
+        def __init__(
+            self,
+            *,
+            version: _builtins.int = ...,
+            format: _model_version_pb2.ModelVersion.ExportFormat.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "version", b"version"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Attempt(_message.Message):
+        """One try at the job. An interruption, a retry or a resume begins another."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ATTEMPT_FIELD_NUMBER: _builtins.int
+        STATE_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        LAST_STEP_FIELD_NUMBER: _builtins.int
+        START_TIME_FIELD_NUMBER: _builtins.int
+        END_TIME_FIELD_NUMBER: _builtins.int
+        JOB_ID_FIELD_NUMBER: _builtins.int
+        attempt: _builtins.int
+        """Number, from 1."""
+        state: Global___TrainingJob.State.ValueType
+        """State that it reached, INTERRUPTED for one that was lost."""
+        reason: _builtins.str
+        """Why it ended there. Empty: nothing to add."""
+        last_step: _builtins.int
+        """Latest optimiser step that it did. Unset: none."""
+        job_id: _builtins.str
+        """Job that it belongs to: the asked one or one that it retries."""
+        @_builtins.property
+        def error(self) -> _status_pb2.Status:
+            """Why it failed. Unset unless FAILED."""
+
+        @_builtins.property
+        def start_time(self) -> _timestamp_pb2.Timestamp:
+            """When a worker took it."""
+
+        @_builtins.property
+        def end_time(self) -> _timestamp_pb2.Timestamp:
+            """When it ended. Unset: it has not."""
+
+        def __init__(
+            self,
+            *,
+            attempt: _builtins.int = ...,
+            state: Global___TrainingJob.State.ValueType = ...,
+            reason: _builtins.str = ...,
+            error: _status_pb2.Status | None = ...,
+            last_step: _builtins.int | None = ...,
+            start_time: _timestamp_pb2.Timestamp | None = ...,
+            end_time: _timestamp_pb2.Timestamp | None = ...,
+            job_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_last_step", b"_last_step", "end_time", b"end_time", "error", b"error", "last_step", b"last_step", "start_time", b"start_time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_step", b"_last_step", "attempt", b"attempt", "end_time", b"end_time", "error", b"error", "job_id", b"job_id", "last_step", b"last_step", "reason", b"reason", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__last_step: _TypeAlias = _typing.Literal["last_step"]  # noqa: Y015
+        _WhichOneofArgType__last_step: _TypeAlias = _typing.Literal["_last_step", b"_last_step"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__last_step) -> _WhichOneofReturnType__last_step | None: ...
+
+    @_typing.final
+    class Checkpoint(_message.Message):
+        """A saved state that the job can go on from."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STEP_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        EVAL_LOSS_FIELD_NUMBER: _builtins.int
+        BEST_FIELD_NUMBER: _builtins.int
+        CREATE_TIME_FIELD_NUMBER: _builtins.int
+        step: _builtins.int
+        """Optimiser step after which it was saved."""
+        size_bytes: _builtins.float
+        """Size of its files, bytes."""
+        eval_loss: _builtins.float
+        """Mean loss per trained token over the held-out records at that step, natural logarithm. Unset: not evaluated then."""
+        best: _builtins.bool
+        """True: the best evaluation so far."""
+        @_builtins.property
+        def create_time(self) -> _timestamp_pb2.Timestamp:
+            """When it was saved."""
+
+        def __init__(
+            self,
+            *,
+            step: _builtins.int = ...,
+            size_bytes: _builtins.float = ...,
+            eval_loss: _builtins.float | None = ...,
+            best: _builtins.bool = ...,
+            create_time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "create_time", b"create_time", "eval_loss", b"eval_loss"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss", "best", b"best", "create_time", b"create_time", "eval_loss", b"eval_loss", "size_bytes", b"size_bytes", "step", b"step"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__eval_loss: _TypeAlias = _typing.Literal["eval_loss"]  # noqa: Y015
+        _WhichOneofArgType__eval_loss: _TypeAlias = _typing.Literal["_eval_loss", b"_eval_loss"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_loss) -> _WhichOneofReturnType__eval_loss | None: ...
+
+    @_typing.final
     class EffectiveConfig(_message.Message):
         """What the job really does, with everything filled in that the caller left out."""
 
@@ -273,6 +403,7 @@ class TrainingJob(_message.Message):
 
         FINE_TUNE_FIELD_NUMBER: _builtins.int
         RAG_INDEX_FIELD_NUMBER: _builtins.int
+        EXPORT_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def fine_tune(self) -> _fine_tuning_pb2.FineTuneConfig:
             """Of a FINE_TUNE job."""
@@ -281,17 +412,22 @@ class TrainingJob(_message.Message):
         def rag_index(self) -> Global___TrainingJob.RagIndexConfig:
             """Of a RAG_INDEX job."""
 
+        @_builtins.property
+        def export(self) -> Global___TrainingJob.ExportConfig:
+            """Of an EXPORT job."""
+
         def __init__(
             self,
             *,
             fine_tune: _fine_tuning_pb2.FineTuneConfig | None = ...,
             rag_index: Global___TrainingJob.RagIndexConfig | None = ...,
+            export: Global___TrainingJob.ExportConfig | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType_config: _TypeAlias = _typing.Literal["fine_tune", "rag_index"]  # noqa: Y015
+        _WhichOneofReturnType_config: _TypeAlias = _typing.Literal["fine_tune", "rag_index", "export"]  # noqa: Y015
         _WhichOneofArgType_config: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
         def WhichOneof(self, oneof_group: _WhichOneofArgType_config) -> _WhichOneofReturnType_config | None: ...
 
@@ -313,6 +449,7 @@ class TrainingJob(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    RETRY_OF_JOB_ID_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Id of the job, `job_…`."""
     kind: Global___TrainingJob.Kind.ValueType
@@ -332,6 +469,8 @@ class TrainingJob(_message.Message):
     """Jobs ahead of it and itself, from 1. Unset unless QUEUED."""
     last_sequence: _builtins.int
     """Sequence number of its latest stored event, from 1; 0: none. Watching after it shows what is new."""
+    retry_of_job_id: _builtins.str
+    """Job that this one tries again. Empty: none."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Why it failed: a sentence for a person, and an ErrorInfo with the reason and in its metadata a `suggestion` what to change.
@@ -395,10 +534,11 @@ class TrainingJob(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        retry_of_job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "best", b"best", "create_time", b"create_time", "effective_config", b"effective_config", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "progress", b"progress", "queue_position", b"queue_position", "start_time", b"start_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "attempt", b"attempt", "best", b"best", "create_time", b"create_time", "effective_config", b"effective_config", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "job_id", b"job_id", "kind", b"kind", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position", "attempt", b"attempt", "best", b"best", "create_time", b"create_time", "effective_config", b"effective_config", "end_time", b"end_time", "error", b"error", "estimate", b"estimate", "job_id", b"job_id", "kind", b"kind", "last_sequence", b"last_sequence", "model_id", b"model_id", "progress", b"progress", "queue_position", b"queue_position", "retry_of_job_id", b"retry_of_job_id", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__queue_position: _TypeAlias = _typing.Literal["queue_position"]  # noqa: Y015
     _WhichOneofArgType__queue_position: _TypeAlias = _typing.Literal["_queue_position", b"_queue_position"]  # noqa: Y015

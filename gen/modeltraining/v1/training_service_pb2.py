@@ -25,12 +25,14 @@ _sym_db = _symbol_database.Default()
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from modeltraining.v1 import dataset_pb2 as modeltraining_dot_v1_dot_dataset__pb2
+from modeltraining.v1 import fine_tuning_pb2 as modeltraining_dot_v1_dot_fine__tuning__pb2
 from modeltraining.v1 import job_event_pb2 as modeltraining_dot_v1_dot_job__event__pb2
 from modeltraining.v1 import training_job_pb2 as modeltraining_dot_v1_dot_training__job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'modeltraining/v1/training_service.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1emodeltraining/v1/dataset.proto\x1a modeltraining/v1/job_event.proto\x1a#modeltraining/v1/training_job.proto\"\xcb\x01\n\x17ListTrainingJobsRequest\x12\x32\n\x05state\x18\x01 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x30\n\x04kind\x18\x02 \x01(\x0e\x32\".modeltraining.v1.TrainingJob.Kind\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x16\n\tpage_size\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x05 \x01(\tB\x0c\n\n_page_size\"i\n\x18ListTrainingJobsResponse\x12\x34\n\rtraining_jobs\x18\x01 \x03(\x0b\x32\x1d.modeltraining.v1.TrainingJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15GetTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"*\n\x18\x43\x61ncelTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"A\n\x17WatchTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x05\"b\n\x19GetTrainingMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x17\n\nmax_points\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_max_points\"\xf3\x01\n\x1aGetTrainingMetricsResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x43\n\x06series\x18\x02 \x03(\x0b\x32\x33.modeltraining.v1.GetTrainingMetricsResponse.Series\x1aZ\n\x06Series\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x42\n\x06points\x18\x02 \x03(\x0b\x32\x32.modeltraining.v1.GetTrainingMetricsResponse.Point\x1a$\n\x05Point\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01\"\xad\x01\n\x14UploadDatasetRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x30\n\x06\x66ormat\x18\x02 \x01(\x0e\x32 .modeltraining.v1.Dataset.Format\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x12\"\n\x04\x64\x61ta\x18\x05 \x01(\x0b\x32\x14.google.api.HttpBody\"O\n\x13ListDatasetsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"\\\n\x14ListDatasetsResponse\x12+\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x19.modeltraining.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\"*\n\x14\x44\x65leteDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t2\xc7\n\n\x0fTrainingService\x12\x97\x01\n\x10ListTrainingJobs\x12).modeltraining.v1.ListTrainingJobsRequest\x1a*.modeltraining.v1.ListTrainingJobsResponse\",\x82\xd3\xe4\x93\x02&\x12$/api/v1/model-training/training-jobs\x12\x8f\x01\n\x0eGetTrainingJob\x12\'.modeltraining.v1.GetTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\"5\x82\xd3\xe4\x93\x02/\x12-/api/v1/model-training/training-jobs/{job_id}\x12\x9f\x01\n\x11\x43\x61ncelTrainingJob\x12*.modeltraining.v1.CancelTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\"?\x82\xd3\xe4\x93\x02\x39\"4/api/v1/model-training/training-jobs/{job_id}/cancel:\x01*\x12\x98\x01\n\x10WatchTrainingJob\x12).modeltraining.v1.WatchTrainingJobRequest\x1a\x1a.modeltraining.v1.JobEvent\";\x82\xd3\xe4\x93\x02\x35\x12\x33/api/v1/model-training/training-jobs/{job_id}/watch0\x01\x12\xae\x01\n\x12GetTrainingMetrics\x12+.modeltraining.v1.GetTrainingMetricsRequest\x1a,.modeltraining.v1.GetTrainingMetricsResponse\"=\x82\xd3\xe4\x93\x02\x37\x12\x35/api/v1/model-training/training-jobs/{job_id}/metrics\x12\x83\x01\n\rUploadDataset\x12&.modeltraining.v1.UploadDatasetRequest\x1a\x19.modeltraining.v1.Dataset\"-\x82\xd3\xe4\x93\x02\'\"\x1f/api/v1/model-training/datasets:\x04\x64\x61ta(\x01\x12\x86\x01\n\x0cListDatasets\x12%.modeltraining.v1.ListDatasetsRequest\x1a&.modeltraining.v1.ListDatasetsResponse\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/api/v1/model-training/datasets\x12\x82\x01\n\nGetDataset\x12#.modeltraining.v1.GetDatasetRequest\x1a\x19.modeltraining.v1.Dataset\"4\x82\xd3\xe4\x93\x02.\x12,/api/v1/model-training/datasets/{dataset_id}\x12\x85\x01\n\rDeleteDataset\x12&.modeltraining.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\"4\x82\xd3\xe4\x93\x02.*,/api/v1/model-training/datasets/{dataset_id}b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'modeltraining/v1/training_service.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x17google/rpc/status.proto\x1a\x1emodeltraining/v1/dataset.proto\x1a\"modeltraining/v1/fine_tuning.proto\x1a modeltraining/v1/job_event.proto\x1a#modeltraining/v1/training_job.proto\"\xcb\x01\n\x17ListTrainingJobsRequest\x12\x32\n\x05state\x18\x01 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x30\n\x04kind\x18\x02 \x01(\x0e\x32\".modeltraining.v1.TrainingJob.Kind\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\x16\n\tpage_size\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x05 \x01(\tB\x0c\n\n_page_size\"i\n\x18ListTrainingJobsResponse\x12\x34\n\rtraining_jobs\x18\x01 \x03(\x0b\x32\x1d.modeltraining.v1.TrainingJob\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x15GetTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"*\n\x18\x43\x61ncelTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"A\n\x17WatchTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x05\"b\n\x19GetTrainingMetricsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05names\x18\x02 \x03(\t\x12\x17\n\nmax_points\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_max_points\"\xf3\x01\n\x1aGetTrainingMetricsResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x43\n\x06series\x18\x02 \x03(\x0b\x32\x33.modeltraining.v1.GetTrainingMetricsResponse.Series\x1aZ\n\x06Series\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x42\n\x06points\x18\x02 \x03(\x0b\x32\x32.modeltraining.v1.GetTrainingMetricsResponse.Point\x1a$\n\x05Point\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01\"\xe8\x01\n\x14UploadDatasetRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x30\n\x06\x66ormat\x18\x02 \x01(\x0e\x32 .modeltraining.v1.Dataset.Format\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\x12\"\n\x04\x64\x61ta\x18\x05 \x01(\x0b\x32\x14.google.api.HttpBody\x12\x39\n\x0brecord_kind\x18\x06 \x01(\x0e\x32$.modeltraining.v1.Dataset.RecordKind\"O\n\x13ListDatasetsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"\\\n\x14ListDatasetsResponse\x12+\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x19.modeltraining.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\"*\n\x14\x44\x65leteDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\"\xd1\x01\n\x14ImportDatasetRequest\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\x0b\n\x03uri\x18\x02 \x01(\t\x12\x30\n\x06\x66ormat\x18\x03 \x01(\x0e\x32 .modeltraining.v1.Dataset.Format\x12\x39\n\x0brecord_kind\x18\x04 \x01(\x0e\x32$.modeltraining.v1.Dataset.RecordKind\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"\x90\x02\n\x15ImportDatasetResponse\x12\x44\n\x08progress\x18\x01 \x01(\x0b\x32\x30.modeltraining.v1.ImportDatasetResponse.ProgressH\x00\x12,\n\x07\x64\x61taset\x18\x02 \x01(\x0b\x32\x19.modeltraining.v1.DatasetH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x1aT\n\x08Progress\x12\r\n\x05\x62ytes\x18\x01 \x01(\x01\x12\x18\n\x0btotal_bytes\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07records\x18\x03 \x01(\x05\x42\x0e\n\x0c_total_bytesB\x08\n\x06result\"\x84\x03\n\x15PreviewDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\nbase_model\x18\x02 \x01(\t\x12\x0f\n\x07records\x18\x03 \x03(\x05\x12\x16\n\tpage_size\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x05 \x01(\t\x12 \n\x13max_sequence_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12L\n\x0foverlong_policy\x18\x07 \x01(\x0e\x32\x33.modeltraining.v1.TrainingParameters.OverlongPolicy\x12<\n\x07loss_on\x18\x08 \x01(\x0e\x32+.modeltraining.v1.TrainingParameters.LossOn\x12\x1d\n\x10max_tokens_shown\x18\t \x01(\x05H\x02\x88\x01\x01\x42\x0c\n\n_page_sizeB\x16\n\x14_max_sequence_tokensB\x13\n\x11_max_tokens_shown\"\x92\x01\n\x16PreviewDatasetResponse\x12\x32\n\x07records\x18\x01 \x03(\x0b\x32!.modeltraining.v1.PreviewedRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x17\n\x0ftemplate_sha256\x18\x04 \x01(\t\")\n\x17PauseTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"*\n\x18ResumeTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\")\n\x17RetryTrainingJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"j\n\x1eListTrainingJobAttemptsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\tpage_size\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x03 \x01(\tB\x0c\n\n_page_size\"s\n\x1fListTrainingJobAttemptsResponse\x12\x37\n\x08\x61ttempts\x18\x01 \x03(\x0b\x32%.modeltraining.v1.TrainingJob.Attempt\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"l\n\x1cListTrainingJobEventsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x05\x12\x16\n\tpage_size\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_page_size\"\x85\x01\n\x1dListTrainingJobEventsResponse\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.modeltraining.v1.JobEvent\x12 \n\x13next_after_sequence\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x16\n\x14_next_after_sequence\"(\n\x16ListCheckpointsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"X\n\x17ListCheckpointsResponse\x12=\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32(.modeltraining.v1.TrainingJob.Checkpoint2\x89\x15\n\x0fTrainingService\x12\x97\x01\n\x10ListTrainingJobs\x12).modeltraining.v1.ListTrainingJobsRequest\x1a*.modeltraining.v1.ListTrainingJobsResponse\",\x82\xd3\xe4\x93\x02&\x12$/api/v1/model-training/training-jobs\x12\x8f\x01\n\x0eGetTrainingJob\x12\'.modeltraining.v1.GetTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\"5\x82\xd3\xe4\x93\x02/\x12-/api/v1/model-training/training-jobs/{job_id}\x12\x9f\x01\n\x11\x43\x61ncelTrainingJob\x12*.modeltraining.v1.CancelTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\"?\x82\xd3\xe4\x93\x02\x39\"4/api/v1/model-training/training-jobs/{job_id}/cancel:\x01*\x12\x98\x01\n\x10WatchTrainingJob\x12).modeltraining.v1.WatchTrainingJobRequest\x1a\x1a.modeltraining.v1.JobEvent\";\x82\xd3\xe4\x93\x02\x35\x12\x33/api/v1/model-training/training-jobs/{job_id}/watch0\x01\x12\xae\x01\n\x12GetTrainingMetrics\x12+.modeltraining.v1.GetTrainingMetricsRequest\x1a,.modeltraining.v1.GetTrainingMetricsResponse\"=\x82\xd3\xe4\x93\x02\x37\x12\x35/api/v1/model-training/training-jobs/{job_id}/metrics\x12\x9c\x01\n\x10PauseTrainingJob\x12).modeltraining.v1.PauseTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\">\x82\xd3\xe4\x93\x02\x38\"3/api/v1/model-training/training-jobs/{job_id}/pause:\x01*\x12\x9f\x01\n\x11ResumeTrainingJob\x12*.modeltraining.v1.ResumeTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\"?\x82\xd3\xe4\x93\x02\x39\"4/api/v1/model-training/training-jobs/{job_id}/resume:\x01*\x12\x9c\x01\n\x10RetryTrainingJob\x12).modeltraining.v1.RetryTrainingJobRequest\x1a\x1d.modeltraining.v1.TrainingJob\">\x82\xd3\xe4\x93\x02\x38\"3/api/v1/model-training/training-jobs/{job_id}/retry:\x01*\x12\xbe\x01\n\x17ListTrainingJobAttempts\x12\x30.modeltraining.v1.ListTrainingJobAttemptsRequest\x1a\x31.modeltraining.v1.ListTrainingJobAttemptsResponse\">\x82\xd3\xe4\x93\x02\x38\x12\x36/api/v1/model-training/training-jobs/{job_id}/attempts\x12\xb6\x01\n\x15ListTrainingJobEvents\x12..modeltraining.v1.ListTrainingJobEventsRequest\x1a/.modeltraining.v1.ListTrainingJobEventsResponse\"<\x82\xd3\xe4\x93\x02\x36\x12\x34/api/v1/model-training/training-jobs/{job_id}/events\x12\xa9\x01\n\x0fListCheckpoints\x12(.modeltraining.v1.ListCheckpointsRequest\x1a).modeltraining.v1.ListCheckpointsResponse\"A\x82\xd3\xe4\x93\x02;\x12\x39/api/v1/model-training/training-jobs/{job_id}/checkpoints\x12\x83\x01\n\rUploadDataset\x12&.modeltraining.v1.UploadDatasetRequest\x1a\x19.modeltraining.v1.Dataset\"-\x82\xd3\xe4\x93\x02\'\"\x1f/api/v1/model-training/datasets:\x04\x64\x61ta(\x01\x12\x95\x01\n\rImportDataset\x12&.modeltraining.v1.ImportDatasetRequest\x1a\'.modeltraining.v1.ImportDatasetResponse\"1\x82\xd3\xe4\x93\x02+\"&/api/v1/model-training/datasets/import:\x01*0\x01\x12\xa1\x01\n\x0ePreviewDataset\x12\'.modeltraining.v1.PreviewDatasetRequest\x1a(.modeltraining.v1.PreviewDatasetResponse\"<\x82\xd3\xe4\x93\x02\x36\x12\x34/api/v1/model-training/datasets/{dataset_id}/preview\x12\x86\x01\n\x0cListDatasets\x12%.modeltraining.v1.ListDatasetsRequest\x1a&.modeltraining.v1.ListDatasetsResponse\"\'\x82\xd3\xe4\x93\x02!\x12\x1f/api/v1/model-training/datasets\x12\x82\x01\n\nGetDataset\x12#.modeltraining.v1.GetDatasetRequest\x1a\x19.modeltraining.v1.Dataset\"4\x82\xd3\xe4\x93\x02.\x12,/api/v1/model-training/datasets/{dataset_id}\x12\x85\x01\n\rDeleteDataset\x12&.modeltraining.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\"4\x82\xd3\xe4\x93\x02.*,/api/v1/model-training/datasets/{dataset_id}b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,42 +49,86 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGSERVICE'].methods_by_name['WatchTrainingJob']._serialized_options = b'\202\323\344\223\0025\0223/api/v1/model-training/training-jobs/{job_id}/watch'
   _globals['_TRAININGSERVICE'].methods_by_name['GetTrainingMetrics']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['GetTrainingMetrics']._serialized_options = b'\202\323\344\223\0027\0225/api/v1/model-training/training-jobs/{job_id}/metrics'
+  _globals['_TRAININGSERVICE'].methods_by_name['PauseTrainingJob']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['PauseTrainingJob']._serialized_options = b'\202\323\344\223\0028\"3/api/v1/model-training/training-jobs/{job_id}/pause:\001*'
+  _globals['_TRAININGSERVICE'].methods_by_name['ResumeTrainingJob']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['ResumeTrainingJob']._serialized_options = b'\202\323\344\223\0029\"4/api/v1/model-training/training-jobs/{job_id}/resume:\001*'
+  _globals['_TRAININGSERVICE'].methods_by_name['RetryTrainingJob']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['RetryTrainingJob']._serialized_options = b'\202\323\344\223\0028\"3/api/v1/model-training/training-jobs/{job_id}/retry:\001*'
+  _globals['_TRAININGSERVICE'].methods_by_name['ListTrainingJobAttempts']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['ListTrainingJobAttempts']._serialized_options = b'\202\323\344\223\0028\0226/api/v1/model-training/training-jobs/{job_id}/attempts'
+  _globals['_TRAININGSERVICE'].methods_by_name['ListTrainingJobEvents']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['ListTrainingJobEvents']._serialized_options = b'\202\323\344\223\0026\0224/api/v1/model-training/training-jobs/{job_id}/events'
+  _globals['_TRAININGSERVICE'].methods_by_name['ListCheckpoints']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['ListCheckpoints']._serialized_options = b'\202\323\344\223\002;\0229/api/v1/model-training/training-jobs/{job_id}/checkpoints'
   _globals['_TRAININGSERVICE'].methods_by_name['UploadDataset']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['UploadDataset']._serialized_options = b'\202\323\344\223\002\'\"\037/api/v1/model-training/datasets:\004data'
+  _globals['_TRAININGSERVICE'].methods_by_name['ImportDataset']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['ImportDataset']._serialized_options = b'\202\323\344\223\002+\"&/api/v1/model-training/datasets/import:\001*'
+  _globals['_TRAININGSERVICE'].methods_by_name['PreviewDataset']._loaded_options = None
+  _globals['_TRAININGSERVICE'].methods_by_name['PreviewDataset']._serialized_options = b'\202\323\344\223\0026\0224/api/v1/model-training/datasets/{dataset_id}/preview'
   _globals['_TRAININGSERVICE'].methods_by_name['ListDatasets']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['ListDatasets']._serialized_options = b'\202\323\344\223\002!\022\037/api/v1/model-training/datasets'
   _globals['_TRAININGSERVICE'].methods_by_name['GetDataset']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['GetDataset']._serialized_options = b'\202\323\344\223\002.\022,/api/v1/model-training/datasets/{dataset_id}'
   _globals['_TRAININGSERVICE'].methods_by_name['DeleteDataset']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['DeleteDataset']._serialized_options = b'\202\323\344\223\002.*,/api/v1/model-training/datasets/{dataset_id}'
-  _globals['_LISTTRAININGJOBSREQUEST']._serialized_start=251
-  _globals['_LISTTRAININGJOBSREQUEST']._serialized_end=454
-  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_start=456
-  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_end=561
-  _globals['_GETTRAININGJOBREQUEST']._serialized_start=563
-  _globals['_GETTRAININGJOBREQUEST']._serialized_end=602
-  _globals['_CANCELTRAININGJOBREQUEST']._serialized_start=604
-  _globals['_CANCELTRAININGJOBREQUEST']._serialized_end=646
-  _globals['_WATCHTRAININGJOBREQUEST']._serialized_start=648
-  _globals['_WATCHTRAININGJOBREQUEST']._serialized_end=713
-  _globals['_GETTRAININGMETRICSREQUEST']._serialized_start=715
-  _globals['_GETTRAININGMETRICSREQUEST']._serialized_end=813
-  _globals['_GETTRAININGMETRICSRESPONSE']._serialized_start=816
-  _globals['_GETTRAININGMETRICSRESPONSE']._serialized_end=1059
-  _globals['_GETTRAININGMETRICSRESPONSE_SERIES']._serialized_start=931
-  _globals['_GETTRAININGMETRICSRESPONSE_SERIES']._serialized_end=1021
-  _globals['_GETTRAININGMETRICSRESPONSE_POINT']._serialized_start=1023
-  _globals['_GETTRAININGMETRICSRESPONSE_POINT']._serialized_end=1059
-  _globals['_UPLOADDATASETREQUEST']._serialized_start=1062
-  _globals['_UPLOADDATASETREQUEST']._serialized_end=1235
-  _globals['_LISTDATASETSREQUEST']._serialized_start=1237
-  _globals['_LISTDATASETSREQUEST']._serialized_end=1316
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=1318
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=1410
-  _globals['_GETDATASETREQUEST']._serialized_start=1412
-  _globals['_GETDATASETREQUEST']._serialized_end=1451
-  _globals['_DELETEDATASETREQUEST']._serialized_start=1453
-  _globals['_DELETEDATASETREQUEST']._serialized_end=1495
-  _globals['_TRAININGSERVICE']._serialized_start=1498
-  _globals['_TRAININGSERVICE']._serialized_end=2849
+  _globals['_LISTTRAININGJOBSREQUEST']._serialized_start=312
+  _globals['_LISTTRAININGJOBSREQUEST']._serialized_end=515
+  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_start=517
+  _globals['_LISTTRAININGJOBSRESPONSE']._serialized_end=622
+  _globals['_GETTRAININGJOBREQUEST']._serialized_start=624
+  _globals['_GETTRAININGJOBREQUEST']._serialized_end=663
+  _globals['_CANCELTRAININGJOBREQUEST']._serialized_start=665
+  _globals['_CANCELTRAININGJOBREQUEST']._serialized_end=707
+  _globals['_WATCHTRAININGJOBREQUEST']._serialized_start=709
+  _globals['_WATCHTRAININGJOBREQUEST']._serialized_end=774
+  _globals['_GETTRAININGMETRICSREQUEST']._serialized_start=776
+  _globals['_GETTRAININGMETRICSREQUEST']._serialized_end=874
+  _globals['_GETTRAININGMETRICSRESPONSE']._serialized_start=877
+  _globals['_GETTRAININGMETRICSRESPONSE']._serialized_end=1120
+  _globals['_GETTRAININGMETRICSRESPONSE_SERIES']._serialized_start=992
+  _globals['_GETTRAININGMETRICSRESPONSE_SERIES']._serialized_end=1082
+  _globals['_GETTRAININGMETRICSRESPONSE_POINT']._serialized_start=1084
+  _globals['_GETTRAININGMETRICSRESPONSE_POINT']._serialized_end=1120
+  _globals['_UPLOADDATASETREQUEST']._serialized_start=1123
+  _globals['_UPLOADDATASETREQUEST']._serialized_end=1355
+  _globals['_LISTDATASETSREQUEST']._serialized_start=1357
+  _globals['_LISTDATASETSREQUEST']._serialized_end=1436
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=1438
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=1530
+  _globals['_GETDATASETREQUEST']._serialized_start=1532
+  _globals['_GETDATASETREQUEST']._serialized_end=1571
+  _globals['_DELETEDATASETREQUEST']._serialized_start=1573
+  _globals['_DELETEDATASETREQUEST']._serialized_end=1615
+  _globals['_IMPORTDATASETREQUEST']._serialized_start=1618
+  _globals['_IMPORTDATASETREQUEST']._serialized_end=1827
+  _globals['_IMPORTDATASETRESPONSE']._serialized_start=1830
+  _globals['_IMPORTDATASETRESPONSE']._serialized_end=2102
+  _globals['_IMPORTDATASETRESPONSE_PROGRESS']._serialized_start=2008
+  _globals['_IMPORTDATASETRESPONSE_PROGRESS']._serialized_end=2092
+  _globals['_PREVIEWDATASETREQUEST']._serialized_start=2105
+  _globals['_PREVIEWDATASETREQUEST']._serialized_end=2493
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_start=2496
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_end=2642
+  _globals['_PAUSETRAININGJOBREQUEST']._serialized_start=2644
+  _globals['_PAUSETRAININGJOBREQUEST']._serialized_end=2685
+  _globals['_RESUMETRAININGJOBREQUEST']._serialized_start=2687
+  _globals['_RESUMETRAININGJOBREQUEST']._serialized_end=2729
+  _globals['_RETRYTRAININGJOBREQUEST']._serialized_start=2731
+  _globals['_RETRYTRAININGJOBREQUEST']._serialized_end=2772
+  _globals['_LISTTRAININGJOBATTEMPTSREQUEST']._serialized_start=2774
+  _globals['_LISTTRAININGJOBATTEMPTSREQUEST']._serialized_end=2880
+  _globals['_LISTTRAININGJOBATTEMPTSRESPONSE']._serialized_start=2882
+  _globals['_LISTTRAININGJOBATTEMPTSRESPONSE']._serialized_end=2997
+  _globals['_LISTTRAININGJOBEVENTSREQUEST']._serialized_start=2999
+  _globals['_LISTTRAININGJOBEVENTSREQUEST']._serialized_end=3107
+  _globals['_LISTTRAININGJOBEVENTSRESPONSE']._serialized_start=3110
+  _globals['_LISTTRAININGJOBEVENTSRESPONSE']._serialized_end=3243
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=3245
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3285
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3287
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3375
+  _globals['_TRAININGSERVICE']._serialized_start=3378
+  _globals['_TRAININGSERVICE']._serialized_end=6075
 # @@protoc_insertion_point(module_scope)

@@ -8,7 +8,10 @@ from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.rpc import status_pb2 as _status_pb2
 from modeltraining.v1 import dataset_pb2 as _dataset_pb2
+from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
+from modeltraining.v1 import job_event_pb2 as _job_event_pb2
 from modeltraining.v1 import training_job_pb2 as _training_job_pb2
 import builtins as _builtins
 import sys
@@ -282,6 +285,7 @@ class UploadDatasetRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    RECORD_KIND_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name for people, 1 to 200 characters. Required in the first message."""
     format: _dataset_pb2.Dataset.Format.ValueType
@@ -292,6 +296,8 @@ class UploadDatasetRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """True: run every check, keep nothing; the answer shows what would be created, without an id. Default false."""
+    record_kind: _dataset_pb2.Dataset.RecordKind.ValueType
+    """What its records hold. Default: recognised record by record."""
     @_builtins.property
     def data(self) -> _httpbody_pb2.HttpBody:
         """The next bytes of the file, at most 4 MiB a message. The content type is not used."""
@@ -304,10 +310,11 @@ class UploadDatasetRequest(_message.Message):
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
         data: _httpbody_pb2.HttpBody | None = ...,
+        record_kind: _dataset_pb2.Dataset.RecordKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "format", b"format", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "display_name", b"display_name", "format", b"format", "record_kind", b"record_kind", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,3 +419,452 @@ class DeleteDatasetRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteDatasetRequest: _TypeAlias = DeleteDatasetRequest  # noqa: Y015
+
+@_typing.final
+class ImportDatasetRequest(_message.Message):
+    """Imports a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    RECORD_KIND_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    display_name: _builtins.str
+    """Name for people, 1 to 200 characters. Required."""
+    uri: _builtins.str
+    """Where the file lies, for example "s3://bucket/records.jsonl.zst". Required; at most 2,000 characters."""
+    format: _dataset_pb2.Dataset.Format.ValueType
+    """How the file is written. Default: recognised by its content."""
+    record_kind: _dataset_pb2.Dataset.RecordKind.ValueType
+    """What its records hold. Default: recognised record by record."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check, keep nothing; the answer shows what would be created, without an id. Default false."""
+    def __init__(
+        self,
+        *,
+        display_name: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        format: _dataset_pb2.Dataset.Format.ValueType = ...,
+        record_kind: _dataset_pb2.Dataset.RecordKind.ValueType = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["display_name", b"display_name", "format", b"format", "record_kind", b"record_kind", "request_id", b"request_id", "uri", b"uri", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportDatasetRequest: _TypeAlias = ImportDatasetRequest  # noqa: Y015
+
+@_typing.final
+class ImportDatasetResponse(_message.Message):
+    """How far an import is, or how it ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Progress(_message.Message):
+        """How far an import is."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BYTES_FIELD_NUMBER: _builtins.int
+        TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+        RECORDS_FIELD_NUMBER: _builtins.int
+        bytes: _builtins.float
+        """Bytes of the file read so far."""
+        total_bytes: _builtins.float
+        """Bytes of the file. Unset: not known."""
+        records: _builtins.int
+        """Records checked so far."""
+        def __init__(
+            self,
+            *,
+            bytes: _builtins.float = ...,
+            total_bytes: _builtins.float | None = ...,
+            records: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_total_bytes", b"_total_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_bytes", b"_total_bytes", "bytes", b"bytes", "records", b"records", "total_bytes", b"total_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__total_bytes: _TypeAlias = _typing.Literal["total_bytes"]  # noqa: Y015
+        _WhichOneofArgType__total_bytes: _TypeAlias = _typing.Literal["_total_bytes", b"_total_bytes"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__total_bytes) -> _WhichOneofReturnType__total_bytes | None: ...
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___ImportDatasetResponse.Progress:
+        """How far it is; sent at least every few seconds."""
+
+    @_builtins.property
+    def dataset(self) -> _dataset_pb2.Dataset:
+        """The end: the dataset."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """The end: it failed."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___ImportDatasetResponse.Progress | None = ...,
+        dataset: _dataset_pb2.Dataset | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "error", b"error", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "error", b"error", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["progress", "dataset", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___ImportDatasetResponse: _TypeAlias = ImportDatasetResponse  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetRequest(_message.Message):
+    """Asks to see records as they are trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    OVERLONG_POLICY_FIELD_NUMBER: _builtins.int
+    LOSS_ON_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_SHOWN_FIELD_NUMBER: _builtins.int
+    dataset_id: _builtins.str
+    """The dataset, `ds_…`. Required."""
+    base_model: _builtins.str
+    """Base model by hub name, alias or local path. Required."""
+    page_size: _builtins.int
+    """Records per page, 1 to 100. Default 10. Not used with `records`."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before, with the same other fields. Empty: the first page."""
+    max_sequence_tokens: _builtins.int
+    """Longest sequence, tokens, 8 to 131,072. Default 2048."""
+    overlong_policy: _fine_tuning_pb2.TrainingParameters.OverlongPolicy.ValueType
+    """What happens to longer records. Default REJECT."""
+    loss_on: _fine_tuning_pb2.TrainingParameters.LossOn.ValueType
+    """Which tokens are trained. Default ASSISTANT."""
+    max_tokens_shown: _builtins.int
+    """Most tokens shown of a sequence, 1 to 8192. Default 1024."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of the records to show, from 1, at most 100. Default: from the first on, `page_size` of them."""
+
+    def __init__(
+        self,
+        *,
+        dataset_id: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        records: _abc.Iterable[_builtins.int] | None = ...,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str = ...,
+        max_sequence_tokens: _builtins.int | None = ...,
+        overlong_policy: _fine_tuning_pb2.TrainingParameters.OverlongPolicy.ValueType = ...,
+        loss_on: _fine_tuning_pb2.TrainingParameters.LossOn.ValueType = ...,
+        max_tokens_shown: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens", "_max_tokens_shown", b"_max_tokens_shown", "_page_size", b"_page_size", "max_sequence_tokens", b"max_sequence_tokens", "max_tokens_shown", b"max_tokens_shown", "page_size", b"page_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens", "_max_tokens_shown", b"_max_tokens_shown", "_page_size", b"_page_size", "base_model", b"base_model", "dataset_id", b"dataset_id", "loss_on", b"loss_on", "max_sequence_tokens", b"max_sequence_tokens", "max_tokens_shown", b"max_tokens_shown", "overlong_policy", b"overlong_policy", "page_size", b"page_size", "page_token", b"page_token", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_sequence_tokens: _TypeAlias = _typing.Literal["max_sequence_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_sequence_tokens: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens_shown: _TypeAlias = _typing.Literal["max_tokens_shown"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens_shown: _TypeAlias = _typing.Literal["_max_tokens_shown", b"_max_tokens_shown"]  # noqa: Y015
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_tokens) -> _WhichOneofReturnType__max_sequence_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens_shown) -> _WhichOneofReturnType__max_tokens_shown | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+
+Global___PreviewDatasetRequest: _TypeAlias = PreviewDatasetRequest  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetResponse(_message.Message):
+    """Records as they are trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_FIELD_NUMBER: _builtins.int
+    TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty: this is the last."""
+    base_model: _builtins.str
+    """Base model by hub name or path."""
+    template_sha256: _builtins.str
+    """SHA-256 of the chat template that was used, hexadecimal."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[_dataset_pb2.PreviewedRecord]:
+        """The records."""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[_dataset_pb2.PreviewedRecord] | None = ...,
+        next_page_token: _builtins.str = ...,
+        base_model: _builtins.str = ...,
+        template_sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "next_page_token", b"next_page_token", "records", b"records", "template_sha256", b"template_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewDatasetResponse: _TypeAlias = PreviewDatasetResponse  # noqa: Y015
+
+@_typing.final
+class PauseTrainingJobRequest(_message.Message):
+    """Pauses a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PauseTrainingJobRequest: _TypeAlias = PauseTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class ResumeTrainingJobRequest(_message.Message):
+    """Resumes a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeTrainingJobRequest: _TypeAlias = ResumeTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class RetryTrainingJobRequest(_message.Message):
+    """Tries a job again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryTrainingJobRequest: _TypeAlias = RetryTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class ListTrainingJobAttemptsRequest(_message.Message):
+    """Asks for a job's attempts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    page_size: _builtins.int
+    """Attempts per page, 1 to 1000. Default 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "job_id", b"job_id", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+
+Global___ListTrainingJobAttemptsRequest: _TypeAlias = ListTrainingJobAttemptsRequest  # noqa: Y015
+
+@_typing.final
+class ListTrainingJobAttemptsResponse(_message.Message):
+    """A page of attempts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page. Empty: this is the last."""
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_training_job_pb2.TrainingJob.Attempt]:
+        """The attempts, latest first."""
+
+    def __init__(
+        self,
+        *,
+        attempts: _abc.Iterable[_training_job_pb2.TrainingJob.Attempt] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTrainingJobAttemptsResponse: _TypeAlias = ListTrainingJobAttemptsResponse  # noqa: Y015
+
+@_typing.final
+class ListTrainingJobEventsRequest(_message.Message):
+    """Asks for a job's events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    after_sequence: _builtins.int
+    """Sequence number of the last event already seen, 0 or more. Default 0: from the first."""
+    page_size: _builtins.int
+    """Events per page, 1 to 1000. Default 50."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        page_size: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "after_sequence", b"after_sequence", "job_id", b"job_id", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+
+Global___ListTrainingJobEventsRequest: _TypeAlias = ListTrainingJobEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListTrainingJobEventsResponse(_message.Message):
+    """A page of events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    next_after_sequence: _builtins.int
+    """What to give as `after_sequence` for the next page. Unset: there is none yet."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_job_event_pb2.JobEvent]:
+        """The events, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[_job_event_pb2.JobEvent] | None = ...,
+        next_after_sequence: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_next_after_sequence", b"_next_after_sequence", "next_after_sequence", b"next_after_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_next_after_sequence", b"_next_after_sequence", "events", b"events", "next_after_sequence", b"next_after_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__next_after_sequence: _TypeAlias = _typing.Literal["next_after_sequence"]  # noqa: Y015
+    _WhichOneofArgType__next_after_sequence: _TypeAlias = _typing.Literal["_next_after_sequence", b"_next_after_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__next_after_sequence) -> _WhichOneofReturnType__next_after_sequence | None: ...
+
+Global___ListTrainingJobEventsResponse: _TypeAlias = ListTrainingJobEventsResponse  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """Asks for a job's checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """A job's checkpoints: a job keeps a few only."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[_training_job_pb2.TrainingJob.Checkpoint]:
+        """The checkpoints, latest step first."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[_training_job_pb2.TrainingJob.Checkpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015

@@ -64,10 +64,50 @@ class TrainingServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_training__service__pb2.GetTrainingMetricsRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.GetTrainingMetricsResponse.FromString,
                 _registered_method=True)
+        self.PauseTrainingJob = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/PauseTrainingJob',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.PauseTrainingJobRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+                _registered_method=True)
+        self.ResumeTrainingJob = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/ResumeTrainingJob',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ResumeTrainingJobRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+                _registered_method=True)
+        self.RetryTrainingJob = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/RetryTrainingJob',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.RetryTrainingJobRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+                _registered_method=True)
+        self.ListTrainingJobAttempts = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/ListTrainingJobAttempts',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsResponse.FromString,
+                _registered_method=True)
+        self.ListTrainingJobEvents = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/ListTrainingJobEvents',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/ListCheckpoints',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
         self.UploadDataset = channel.stream_unary(
                 '/modeltraining.v1.TrainingService/UploadDataset',
                 request_serializer=modeltraining_dot_v1_dot_training__service__pb2.UploadDatasetRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_dataset__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.ImportDataset = channel.unary_stream(
+                '/modeltraining.v1.TrainingService/ImportDataset',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetResponse.FromString,
+                _registered_method=True)
+        self.PreviewDataset = channel.unary_unary(
+                '/modeltraining.v1.TrainingService/PreviewDataset',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetResponse.FromString,
                 _registered_method=True)
         self.ListDatasets = channel.unary_unary(
                 '/modeltraining.v1.TrainingService/ListDatasets',
@@ -126,9 +166,69 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseTrainingJob(self, request, context):
+        """Saves a job's state, frees its memory and lets it wait for a resume. Harmless on a job that is being or was paused;
+        FAILED_PRECONDITION if it ended or cannot be paused (only FINE_TUNE can).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeTrainingJob(self, request, context):
+        """Puts a paused job back into the queue; it goes on exactly where it was. FAILED_PRECONDITION if it is not paused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryTrainingJob(self, request, context):
+        """Opens another attempt at a FAILED or CANCELLED job: since ended jobs never change, it is a new job with the same configuration and
+        the next attempt number, which goes on from the last checkpoint of a FAILED one. FAILED_PRECONDITION if the job has not ended, or
+        succeeded, or was retried already, or its dataset or model is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTrainingJobAttempts(self, request, context):
+        """Lists the attempts of a job and of those that it retries, latest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTrainingJobEvents(self, request, context):
+        """Lists the stored events of a job in their order, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists the checkpoints that a job has now, latest step first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadDataset(self, request_iterator, context):
         """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
         first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportDataset(self, request, context):
+        """Imports training records from a URI below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf). Streams how far it is; the last
+        message holds the dataset or an error. A stream without either at its end was cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PreviewDataset(self, request, context):
+        """Shows records as a base model reads them: the tokens, which of them are trained, and what was found. What is shown is what is trained.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,10 +283,50 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.GetTrainingMetricsRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_training__service__pb2.GetTrainingMetricsResponse.SerializeToString,
             ),
+            'PauseTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseTrainingJob,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.PauseTrainingJobRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.SerializeToString,
+            ),
+            'ResumeTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeTrainingJob,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ResumeTrainingJobRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.SerializeToString,
+            ),
+            'RetryTrainingJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryTrainingJob,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.RetryTrainingJobRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.SerializeToString,
+            ),
+            'ListTrainingJobAttempts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTrainingJobAttempts,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsResponse.SerializeToString,
+            ),
+            'ListTrainingJobEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTrainingJobEvents,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
             'UploadDataset': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadDataset,
                     request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.UploadDatasetRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_dataset__pb2.Dataset.SerializeToString,
+            ),
+            'ImportDataset': grpc.unary_stream_rpc_method_handler(
+                    servicer.ImportDataset,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetResponse.SerializeToString,
+            ),
+            'PreviewDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewDataset,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetResponse.SerializeToString,
             ),
             'ListDatasets': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDatasets,
@@ -351,6 +491,168 @@ class TrainingService:
             _registered_method=True)
 
     @staticmethod
+    def PauseTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/PauseTrainingJob',
+            modeltraining_dot_v1_dot_training__service__pb2.PauseTrainingJobRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/ResumeTrainingJob',
+            modeltraining_dot_v1_dot_training__service__pb2.ResumeTrainingJobRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryTrainingJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/RetryTrainingJob',
+            modeltraining_dot_v1_dot_training__service__pb2.RetryTrainingJobRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTrainingJobAttempts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/ListTrainingJobAttempts',
+            modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobAttemptsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTrainingJobEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/ListTrainingJobEvents',
+            modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__service__pb2.ListTrainingJobEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/ListCheckpoints',
+            modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UploadDataset(request_iterator,
             target,
             options=(),
@@ -367,6 +669,60 @@ class TrainingService:
             '/modeltraining.v1.TrainingService/UploadDataset',
             modeltraining_dot_v1_dot_training__service__pb2.UploadDatasetRequest.SerializeToString,
             modeltraining_dot_v1_dot_dataset__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/ImportDataset',
+            modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__service__pb2.ImportDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/PreviewDataset',
+            modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__service__pb2.PreviewDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,10 +49,33 @@ class TrainingServiceStub:
     """
     GetTrainingMetrics: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.GetTrainingMetricsRequest, _training_service_pb2.GetTrainingMetricsResponse]
     """Reads the figures of a job as series over its steps, thinned out for drawing."""
+    PauseTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PauseTrainingJobRequest, _training_job_pb2.TrainingJob]
+    """Saves a job's state, frees its memory and lets it wait for a resume. Harmless on a job that is being or was paused;
+    FAILED_PRECONDITION if it ended or cannot be paused (only FINE_TUNE can).
+    """
+    ResumeTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ResumeTrainingJobRequest, _training_job_pb2.TrainingJob]
+    """Puts a paused job back into the queue; it goes on exactly where it was. FAILED_PRECONDITION if it is not paused."""
+    RetryTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.RetryTrainingJobRequest, _training_job_pb2.TrainingJob]
+    """Opens another attempt at a FAILED or CANCELLED job: since ended jobs never change, it is a new job with the same configuration and
+    the next attempt number, which goes on from the last checkpoint of a FAILED one. FAILED_PRECONDITION if the job has not ended, or
+    succeeded, or was retried already, or its dataset or model is gone.
+    """
+    ListTrainingJobAttempts: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListTrainingJobAttemptsRequest, _training_service_pb2.ListTrainingJobAttemptsResponse]
+    """Lists the attempts of a job and of those that it retries, latest first."""
+    ListTrainingJobEvents: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListTrainingJobEventsRequest, _training_service_pb2.ListTrainingJobEventsResponse]
+    """Lists the stored events of a job in their order, oldest first."""
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]
+    """Lists the checkpoints that a job has now, latest step first."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_training_service_pb2.UploadDatasetRequest, _dataset_pb2.Dataset]
     """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
     first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
     """
+    ImportDataset: _grpc.UnaryStreamMultiCallable[_training_service_pb2.ImportDatasetRequest, _training_service_pb2.ImportDatasetResponse]
+    """Imports training records from a URI below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf). Streams how far it is; the last
+    message holds the dataset or an error. A stream without either at its end was cut.
+    """
+    PreviewDataset: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.PreviewDatasetRequest, _training_service_pb2.PreviewDatasetResponse]
+    """Shows records as a base model reads them: the tokens, which of them are trained, and what was found. What is shown is what is trained."""
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListDatasetsRequest, _training_service_pb2.ListDatasetsResponse]
     """Lists datasets, newest first."""
     GetDataset: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.GetDatasetRequest, _dataset_pb2.Dataset]
@@ -77,10 +100,33 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
     GetTrainingMetrics: _aio.UnaryUnaryMultiCallable[_training_service_pb2.GetTrainingMetricsRequest, _training_service_pb2.GetTrainingMetricsResponse]  # type: ignore[assignment]
     """Reads the figures of a job as series over its steps, thinned out for drawing."""
+    PauseTrainingJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PauseTrainingJobRequest, _training_job_pb2.TrainingJob]  # type: ignore[assignment]
+    """Saves a job's state, frees its memory and lets it wait for a resume. Harmless on a job that is being or was paused;
+    FAILED_PRECONDITION if it ended or cannot be paused (only FINE_TUNE can).
+    """
+    ResumeTrainingJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ResumeTrainingJobRequest, _training_job_pb2.TrainingJob]  # type: ignore[assignment]
+    """Puts a paused job back into the queue; it goes on exactly where it was. FAILED_PRECONDITION if it is not paused."""
+    RetryTrainingJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.RetryTrainingJobRequest, _training_job_pb2.TrainingJob]  # type: ignore[assignment]
+    """Opens another attempt at a FAILED or CANCELLED job: since ended jobs never change, it is a new job with the same configuration and
+    the next attempt number, which goes on from the last checkpoint of a FAILED one. FAILED_PRECONDITION if the job has not ended, or
+    succeeded, or was retried already, or its dataset or model is gone.
+    """
+    ListTrainingJobAttempts: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListTrainingJobAttemptsRequest, _training_service_pb2.ListTrainingJobAttemptsResponse]  # type: ignore[assignment]
+    """Lists the attempts of a job and of those that it retries, latest first."""
+    ListTrainingJobEvents: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListTrainingJobEventsRequest, _training_service_pb2.ListTrainingJobEventsResponse]  # type: ignore[assignment]
+    """Lists the stored events of a job in their order, oldest first."""
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Lists the checkpoints that a job has now, latest step first."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_training_service_pb2.UploadDatasetRequest, _dataset_pb2.Dataset]  # type: ignore[assignment]
     """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
     first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
     """
+    ImportDataset: _aio.UnaryStreamMultiCallable[_training_service_pb2.ImportDatasetRequest, _training_service_pb2.ImportDatasetResponse]  # type: ignore[assignment]
+    """Imports training records from a URI below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf). Streams how far it is; the last
+    message holds the dataset or an error. A stream without either at its end was cut.
+    """
+    PreviewDataset: _aio.UnaryUnaryMultiCallable[_training_service_pb2.PreviewDatasetRequest, _training_service_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
+    """Shows records as a base model reads them: the tokens, which of them are trained, and what was found. What is shown is what is trained."""
     ListDatasets: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListDatasetsRequest, _training_service_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """Lists datasets, newest first."""
     GetDataset: _aio.UnaryUnaryMultiCallable[_training_service_pb2.GetDatasetRequest, _dataset_pb2.Dataset]  # type: ignore[assignment]
@@ -134,6 +180,59 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads the figures of a job as series over its steps, thinned out for drawing."""
 
     @_abc_1.abstractmethod
+    def PauseTrainingJob(
+        self,
+        request: _training_service_pb2.PauseTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_job_pb2.TrainingJob, _abc.Awaitable[_training_job_pb2.TrainingJob]]:
+        """Saves a job's state, frees its memory and lets it wait for a resume. Harmless on a job that is being or was paused;
+        FAILED_PRECONDITION if it ended or cannot be paused (only FINE_TUNE can).
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeTrainingJob(
+        self,
+        request: _training_service_pb2.ResumeTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_job_pb2.TrainingJob, _abc.Awaitable[_training_job_pb2.TrainingJob]]:
+        """Puts a paused job back into the queue; it goes on exactly where it was. FAILED_PRECONDITION if it is not paused."""
+
+    @_abc_1.abstractmethod
+    def RetryTrainingJob(
+        self,
+        request: _training_service_pb2.RetryTrainingJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_job_pb2.TrainingJob, _abc.Awaitable[_training_job_pb2.TrainingJob]]:
+        """Opens another attempt at a FAILED or CANCELLED job: since ended jobs never change, it is a new job with the same configuration and
+        the next attempt number, which goes on from the last checkpoint of a FAILED one. FAILED_PRECONDITION if the job has not ended, or
+        succeeded, or was retried already, or its dataset or model is gone.
+        """
+
+    @_abc_1.abstractmethod
+    def ListTrainingJobAttempts(
+        self,
+        request: _training_service_pb2.ListTrainingJobAttemptsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ListTrainingJobAttemptsResponse, _abc.Awaitable[_training_service_pb2.ListTrainingJobAttemptsResponse]]:
+        """Lists the attempts of a job and of those that it retries, latest first."""
+
+    @_abc_1.abstractmethod
+    def ListTrainingJobEvents(
+        self,
+        request: _training_service_pb2.ListTrainingJobEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ListTrainingJobEventsResponse, _abc.Awaitable[_training_service_pb2.ListTrainingJobEventsResponse]]:
+        """Lists the stored events of a job in their order, oldest first."""
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _training_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_service_pb2.ListCheckpointsResponse]]:
+        """Lists the checkpoints that a job has now, latest step first."""
+
+    @_abc_1.abstractmethod
     def UploadDataset(
         self,
         request_iterator: _MaybeAsyncIterator[_training_service_pb2.UploadDatasetRequest],
@@ -142,6 +241,24 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
         first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
         """
+
+    @_abc_1.abstractmethod
+    def ImportDataset(
+        self,
+        request: _training_service_pb2.ImportDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_training_service_pb2.ImportDatasetResponse], _abc.AsyncIterator[_training_service_pb2.ImportDatasetResponse]]:
+        """Imports training records from a URI below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf). Streams how far it is; the last
+        message holds the dataset or an error. A stream without either at its end was cut.
+        """
+
+    @_abc_1.abstractmethod
+    def PreviewDataset(
+        self,
+        request: _training_service_pb2.PreviewDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_service_pb2.PreviewDatasetResponse, _abc.Awaitable[_training_service_pb2.PreviewDatasetResponse]]:
+        """Shows records as a base model reads them: the tokens, which of them are trained, and what was found. What is shown is what is trained."""
 
     @_abc_1.abstractmethod
     def ListDatasets(

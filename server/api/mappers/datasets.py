@@ -1,9 +1,10 @@
 """Datasets and the findings in them."""
 
-from modeltraining.v1 import dataset_pb2, finding_pb2, training_service_pb2
+from modeltraining.v1 import dataset_pb2, training_service_pb2
 
+from server.api.mappers.findings import finding_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.datasets import Dataset, DatasetFormat, Finding
+from server.domain.datasets import Dataset, DatasetFormat
 from server.services.requests import UploadDataset
 from server.services.validation import Violations
 
@@ -22,11 +23,6 @@ def dataset_to_proto(dataset: Dataset) -> dataset_pb2.Dataset:
         findings=[finding_to_proto(finding) for finding in dataset.findings],
         create_time=time_to_proto(dataset.create_time),
     )
-
-
-def finding_to_proto(finding: Finding) -> finding_pb2.Finding:
-    """Write a bad record."""
-    return finding_pb2.Finding(severity=finding_pb2.Finding.SEVERITY_ERROR, code=finding.code, message=finding.message, line=finding.line)
 
 
 def upload_from_proto(message: training_service_pb2.UploadDatasetRequest, found: Violations) -> UploadDataset:

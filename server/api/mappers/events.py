@@ -5,15 +5,19 @@ from datetime import UTC, datetime
 from modeltraining.v1 import job_event_pb2
 
 from server.api.errors import status_from_data
+from server.api.mappers.findings import finding_to_proto
 from server.api.mappers.jobs import job_to_proto, state_to_proto
 from server.api.mappers.values import time_to_proto
 from server.domain.errors import ErrorData
 from server.domain.events import (
     CheckpointSaved,
+    DataChecked,
     Evaluated,
     IndexProgress,
     JobEvent,
     LoggedPayload,
+    Preparing,
+    Sampled,
     Started,
     StateChanged,
     StepDone,
@@ -64,6 +68,13 @@ def payload_to_proto(payload: LoggedPayload) -> Event:
             return Event(checkpoint=Event.Checkpoint(step=payload.step, size_bytes=payload.size_bytes))
         case Warned():
             return Event(warning=Event.Warning(code=payload.code, message=payload.message))
+        case Sampled():
+            return Event(sample=Event.Sample(step=payload.step, prompt=payload.prompt, text=payload.text))
+        case Preparing():
+            done, total = payload.records, payload.total_records
+            return Event(preparing=Event.Preparing(records=done, total_records=total, tokens=payload.tokens))
+        case DataChecked():
+            return Event(data_checked=_data_checked_to_proto(payload))
         case IndexProgress():
             return Event(document_indexed=_document_to_proto(payload))
 
@@ -112,6 +123,22 @@ def _evaluation_to_proto(payload: Evaluated) -> Event.Evaluation:
         record_count=payload.records,
         duration_seconds=payload.duration_seconds,
         best=payload.best,
+    )
+
+
+def _data_checked_to_proto(payload: DataChecked) -> Event.DataChecked:
+    buckets = [Event.DataChecked.LengthBucket(up_to_tokens=bucket.up_to_tokens, count=bucket.count) for bucket in payload.lengths]
+    return Event.DataChecked(
+        train_sequences=payload.train_sequences,
+        eval_sequences=payload.eval_sequences,
+        tokens=payload.tokens,
+        trained_tokens=payload.trained_tokens,
+        dropped_records=payload.dropped_records,
+        cut_records=payload.cut_records,
+        lengths=buckets,
+        findings=[finding_to_proto(finding) for finding in payload.findings],
+        duration_seconds=payload.duration_seconds,
+        cached=payload.cached,
     )
 
 

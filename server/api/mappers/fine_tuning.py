@@ -1,61 +1,28 @@
-"""How a fine-tuning runs: techniques and parameters, as asked and as resolved."""
+"""How a fine-tuning runs: its parameters, as asked and as resolved."""
 
-from modeltraining.v1 import fine_tuning_pb2, model_service_pb2, technique_pb2
+from modeltraining.v1 import fine_tuning_pb2
 
+from server.api.mappers.techniques import technique_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto
 from server.domain.specs import (
+    DEFAULT_PATIENCE,
+    EarlyStopping,
     FineTuneSpec,
-    LoraTechnique,
     LossOn,
+    Objective,
     OverlongPolicy,
     ParametersRequest,
     Scheduler,
     TrainingParameters,
+    VersionReference,
 )
 from server.services.validation import Violations
 
 Parameters = fine_tuning_pb2.TrainingParameters
 
-# Promised by the contract, not built yet: refused rather than passed over.
-UNBUILT_TECHNIQUES = ("full", "qlora", "peft")
-UNBUILT = "is not available in this version"
-
-
-def technique_from_proto(message: model_service_pb2.CreateFineTunedModelRequest, found: Violations) -> LoraTechnique | None:
-    """Read what is trained; None was left out."""
-    chosen = message.WhichOneof("technique")
-    if chosen is None:
-        return None
-    if chosen in UNBUILT_TECHNIQUES:
-        found.add(chosen, f"{UNBUILT}; use lora")
-        return None
-    return lora_from_proto(message.lora)
-
-
-def lora_from_proto(message: technique_pb2.LoraTechnique) -> LoraTechnique:
-    """Read a LoRA adapter's shape; what was left out takes the domain's default."""
-    default = LoraTechnique()
-    return LoraTechnique(
-        rank=message.rank if message.HasField("rank") else default.rank,
-        alpha=message.alpha if message.HasField("alpha") else default.alpha,
-        dropout=message.dropout if message.HasField("dropout") else default.dropout,
-        target_modules=tuple(message.target_modules) or default.target_modules,
-    )
-
-
-def lora_to_proto(technique: LoraTechnique) -> technique_pb2.LoraTechnique:
-    """Write a LoRA adapter's shape."""
-    return technique_pb2.LoraTechnique(
-        rank=technique.rank, alpha=technique.alpha, dropout=technique.dropout, target_modules=technique.target_modules
-    )
-
 
 def parameters_from_proto(message: Parameters, found: Violations) -> ParametersRequest:
     """Read how a training shall run; what was left out is None."""
-    if message.packing:
-        found.add("parameters.packing", UNBUILT)
-    if message.HasField("early_stopping"):
-        found.add("parameters.early_stopping", UNBUILT)
     policy = enum_from_proto(
         Parameters.OverlongPolicy, "OVERLONG_POLICY", message.overlong_policy, OverlongPolicy, found, "parameters.overlong_policy"
     )
@@ -76,11 +43,26 @@ def parameters_from_proto(message: Parameters, found: Violations) -> ParametersR
         seed=message.seed if message.HasField("seed") else None,
         evaluate_every_steps=evaluation.every_steps if evaluation.HasField("every_steps") else None,
         checkpoint_every_steps=checkpointing.every_steps if checkpointing.HasField("every_steps") else None,
+        packing=message.packing if message.HasField("packing") else None,
+        objective=enum_from_proto(Parameters.Objective, "OBJECTIVE", message.objective, Objective, found, "parameters.objective"),
+        preference_strength=message.preference_strength if message.HasField("preference_strength") else None,
+        micro_batch_tokens=message.micro_batch_tokens if message.HasField("micro_batch_tokens") else None,
+        gradient_checkpointing=message.gradient_checkpointing if message.HasField("gradient_checkpointing") else None,
+        retry_out_of_memory=message.retry_out_of_memory if message.HasField("retry_out_of_memory") else None,
+        keep_best=checkpointing.keep_best if checkpointing.HasField("keep_best") else None,
+        early_stopping=_early_stopping_from_proto(message.early_stopping) if message.HasField("early_stopping") else None,
+        sample_prompts=tuple(evaluation.sample_prompts),
+        sample_tokens=evaluation.sample_tokens if evaluation.HasField("sample_tokens") else None,
     )
+
+
+def _early_stopping_from_proto(message: fine_tuning_pb2.TrainingParameters.EarlyStopping) -> EarlyStopping:
+    return EarlyStopping(message.patience if message.HasField("patience") else DEFAULT_PATIENCE, message.min_delta)
 
 
 def parameters_to_proto(parameters: TrainingParameters) -> Parameters:
     """Write how a training runs: the one of epochs and max_steps that rules, and everything else."""
+    stopping = parameters.early_stopping
     return Parameters(
         epochs=parameters.epochs if parameters.max_steps is None else None,
         max_steps=parameters.max_steps,
@@ -92,22 +74,40 @@ def parameters_to_proto(parameters: TrainingParameters) -> Parameters:
         max_gradient_norm=parameters.max_gradient_norm,
         max_sequence_tokens=parameters.max_sequence_tokens,
         overlong_policy=enum_to_proto(Parameters.OverlongPolicy, "OVERLONG_POLICY", parameters.overlong_policy),
-        packing=False,
+        packing=parameters.packing,
         loss_on=enum_to_proto(Parameters.LossOn, "LOSS_ON", parameters.loss_on),
         seed=parameters.seed,
-        evaluation=Parameters.Evaluation(every_steps=parameters.evaluate_every_steps),
-        checkpointing=Parameters.Checkpointing(every_steps=parameters.checkpoint_every_steps),
+        evaluation=Parameters.Evaluation(
+            every_steps=parameters.evaluate_every_steps,
+            sample_prompts=parameters.sample_prompts,
+            sample_tokens=parameters.sample_tokens,
+        ),
+        early_stopping=Parameters.EarlyStopping(patience=stopping.patience, min_delta=stopping.min_delta) if stopping else None,
+        checkpointing=Parameters.Checkpointing(every_steps=parameters.checkpoint_every_steps, keep_best=parameters.keep_best),
+        objective=enum_to_proto(Parameters.Objective, "OBJECTIVE", parameters.objective),
+        preference_strength=parameters.preference_strength if parameters.objective.needs_pairs else None,
+        micro_batch_tokens=parameters.micro_batch_tokens,
+        gradient_checkpointing=parameters.gradient_checkpointing,
+        retry_out_of_memory=parameters.retry_out_of_memory,
     )
+
+
+def version_from_proto(message: fine_tuning_pb2.ModelVersionReference) -> VersionReference:
+    """Read which version is meant."""
+    return VersionReference(message.model_id, message.version if message.HasField("version") else None)
 
 
 def fine_tune_to_proto(spec: FineTuneSpec) -> fine_tuning_pb2.FineTuneConfig:
     """Write a fine-tuning with everything filled in."""
-    return fine_tuning_pb2.FineTuneConfig(
+    start = spec.warm_start_from
+    config = fine_tuning_pb2.FineTuneConfig(
         base_model=spec.base_model,
         dataset_id=spec.dataset_id,
         dataset_sha256=spec.dataset_sha256,
         eval_dataset_id=spec.eval_dataset_id or "",
         eval_fraction=spec.eval_fraction or None,
-        lora=lora_to_proto(spec.technique),
         parameters=parameters_to_proto(spec.parameters),
+        warm_start_from=fine_tuning_pb2.ModelVersionReference(model_id=start.model_id, version=start.version) if start else None,
     )
+    technique_to_proto(spec.technique, config)
+    return config

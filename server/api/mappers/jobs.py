@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from modeltraining.v1 import training_job_pb2, training_service_pb2
+from modeltraining.v1 import model_version_pb2, training_job_pb2, training_service_pb2
 
 from server.api.errors import status_from_data
+from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.fine_tuning import fine_tune_to_proto
 from server.api.mappers.retrieval import chunking_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
 from server.domain.jobs import Job, JobKind, JobState, Progress, Usage
-from server.domain.specs import FineTuneSpec, IndexSpec
+from server.domain.specs import ExportSpec, FineTuneSpec, Spec
 from server.services.ports import JobFilter
 from server.services.requests import ListJobs, PageRequest
 from server.services.training_service import Series
@@ -38,6 +39,8 @@ def job_to_proto(job: Job) -> TrainingJob:
         start_time=time_to_proto(job.start_time),
         end_time=time_to_proto(job.end_time),
         update_time=time_to_proto(job.update_time),
+        retry_of_job_id=job.retry_of_job_id or "",
+        estimate=estimate_to_proto(job.estimate) if job.estimate else None,
     )
 
 
@@ -67,13 +70,17 @@ def usage_to_proto(usage: Usage) -> training_job_pb2.TrainingJob.Usage:
         peak_memory_bytes=usage.peak_memory_bytes or None,
         tokens=usage.tokens,
         artifact_bytes=usage.artifact_bytes,
+        peak_device_memory_bytes=usage.peak_device_memory_bytes or None,
     )
 
 
-def spec_to_proto(spec: FineTuneSpec | IndexSpec) -> training_job_pb2.TrainingJob.EffectiveConfig:
+def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
     """Write what a job does, by its kind."""
     if isinstance(spec, FineTuneSpec):
         return TrainingJob.EffectiveConfig(fine_tune=fine_tune_to_proto(spec))
+    if isinstance(spec, ExportSpec):
+        form = enum_to_proto(model_version_pb2.ModelVersion.ExportFormat, "EXPORT_FORMAT", spec.format)
+        return TrainingJob.EffectiveConfig(export=TrainingJob.ExportConfig(version=spec.version, format=form))
     return TrainingJob.EffectiveConfig(
         rag_index=TrainingJob.RagIndexConfig(embedding_model=spec.embedding_model, chunking=chunking_to_proto(spec.chunking))
     )

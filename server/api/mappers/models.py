@@ -6,9 +6,10 @@ from modeltraining.v1 import message_pb2, model_pb2, model_service_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.documents import new_document_from_proto
-from server.api.mappers.fine_tuning import parameters_from_proto, technique_from_proto
+from server.api.mappers.fine_tuning import parameters_from_proto, version_from_proto
 from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.retrieval import chunking_to_proto, overrides_from_proto, settings_to_proto
+from server.api.mappers.techniques import technique_from_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.services.ports import ModelFilter
@@ -83,6 +84,7 @@ def create_fine_tuned_from_proto(message: model_service_pb2.CreateFineTunedModel
         eval_dataset_id=message.eval_dataset_id,
         eval_fraction=message.eval_fraction if message.HasField("eval_fraction") else None,
         technique=technique_from_proto(message, found),
+        warm_start_from=version_from_proto(message.warm_start_from) if message.HasField("warm_start_from") else None,
         parameters=parameters_from_proto(message.parameters, found),
         labels=dict(message.labels),
         request_id=message.request_id,
