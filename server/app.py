@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS
+from server.domain.base_models import BASE_MODELS
+from server.domain.catalogue import EMBEDDING_MODELS
 from server.domain.generation import EmbedRole
 from server.settings import Settings
 

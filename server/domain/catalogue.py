@@ -1,39 +1,13 @@
-"""The models that this service promises, with what each one needs to be used well. Facts only.
+"""The embedding models that this service promises, with what each one needs to be used well; and how any promised model is found.
 
-Whether one can be loaded here is known elsewhere.
-
-Weight counts were computed from the published configurations on torch's meta device; licences and gates are those of the hub's model cards.
+Facts only: whether one can be loaded here is known elsewhere. Licences are those of the hub's model cards.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-# Bytes of a weight in bf16, in which base models are held.
-BF16_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """A causal language model. `lora_targets` are its linear layers, the head left out; `languages` are BCP 47 codes."""
-
-    base_model_id: str
-    aliases: tuple[str, ...]
-    display_name: str
-    family: str
-    parameter_count: int
-    context_tokens: int
-    license: str
-    gated: bool
-    chat: bool
-    languages: tuple[str, ...]
-    lora_targets: tuple[str, ...]
-    note: str = ""
-
-    @property
-    def size_bytes(self) -> int:
-        """The size of the weights in bf16."""
-        return self.parameter_count * BF16_BYTES
+from server.domain.base_models import BASE_MODELS, BaseModel
 
 
 class Pooling(StrEnum):
@@ -93,82 +67,13 @@ class EmbeddingModel:
         return FARASA_REFUSAL if self.preparation is Preparation.FARASA else ""
 
 
-LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FALCON_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-
-LLAMA_2_LICENSE = "Llama 2 Community License"
-MISTRAL_GATE_NOTE = "The hub may ask an account to share its contact details before it hands the files out."
-NO_CHAT_NOTE = "Not tuned to chat and without a chat template: fine-tune it, or continue a prompt."
-NO_MISTRAL_13B_NOTE = "There is no public Mistral 13B: the name mistral-13b means this model, Mistral-Nemo with 12 billion weights."
 FARASA_REFUSAL = (
     "This model reads text that Farasa (Java, under a research licence) has cut into morphemes, which this service does not do: "
     "choose aubmindlab/bert-base-arabertv02, which needs no segmentation."
 )
 NOT_TUNED_NOTE = "Never trained to retrieve: similarities bunch high and a threshold means little. Prefer BAAI/bge-m3, or search hybrid."
 
-_NEMO_LANGUAGES = ("en", "fr", "de", "es", "it", "pt", "zh", "ja", "ko", "ar", "hi")
 _MANY_LANGUAGES = ("ar", "en", "mul")
-
-
-def _mistral(name: str, alias: str, shown: str, chat: bool) -> BaseModel:
-    note = MISTRAL_GATE_NOTE if chat else f"{NO_CHAT_NOTE} {MISTRAL_GATE_NOTE}"
-    return BaseModel(
-        name, (alias,), shown, "mistral", 7_248_023_552, 32_768, "Apache-2.0", True, chat, ("en",), LLAMA_TARGETS, note
-    )  # fmt: skip
-
-
-def _nemo(name: str, aliases: tuple[str, ...], shown: str, chat: bool) -> BaseModel:
-    note = " ".join((NO_MISTRAL_13B_NOTE, *(() if chat else (NO_CHAT_NOTE,)), MISTRAL_GATE_NOTE))
-    return BaseModel(
-        name, aliases, shown, "mistral", 12_247_782_400, 131_072, "Apache-2.0", True, chat, _NEMO_LANGUAGES, LLAMA_TARGETS, note
-    )  # fmt: skip
-
-
-def _llama_2(size: str, parameter_count: int, chat: bool) -> BaseModel:
-    suffix = "-chat" if chat else ""
-    aliases = tuple(f"{stem}-{size}{suffix}" for stem in ("llama", "llama-2", "llama2"))
-    shown = f"LLaMA 2 {size.upper()}{' Chat' if chat else ''}"
-    return BaseModel(
-        f"meta-llama/Llama-2-{size}{suffix}-hf", aliases, shown, "llama", parameter_count, 4_096, LLAMA_2_LICENSE, True, chat,
-        ("en",), LLAMA_TARGETS, "" if chat else NO_CHAT_NOTE,
-    )  # fmt: skip
-
-
-def _falcon(size: str, parameter_count: int, languages: tuple[str, ...], instruct: bool) -> BaseModel:
-    suffix = "-instruct" if instruct else ""
-    shown = f"Falcon {size.upper()}{' Instruct' if instruct else ''}"
-    return BaseModel(
-        f"tiiuae/falcon-{size}{suffix}", (f"falcon-{size}{suffix}",), shown, "falcon", parameter_count, 2_048, "Apache-2.0", False,
-        instruct, languages, FALCON_TARGETS, "" if instruct else NO_CHAT_NOTE,
-    )  # fmt: skip
-
-
-_FALCON_40B_LANGUAGES = ("en", "de", "es", "fr")
-
-BASE_MODELS: Sequence[BaseModel] = (
-    BaseModel(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", ("smollm2-135m-instruct", "smollm2-135m", "smollm2"), "SmolLM2 135M Instruct", "llama",
-        134_515_008, 8_192, "Apache-2.0", False, True, ("en",), LLAMA_TARGETS,
-        "Installed with the service, from a 4-bit file: small enough for two CPU cores, made for trying things out.",
-    ),
-    _mistral("mistralai/Mistral-7B-v0.3", "mistral-7b", "Mistral 7B", chat=False),
-    _mistral("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-instruct", "Mistral 7B Instruct", chat=True),
-    _nemo("mistralai/Mistral-Nemo-Base-2407", ("mistral-13b", "mistral-12b", "mistral-nemo"), "Mistral-Nemo 12B", chat=False),
-    _nemo(
-        "mistralai/Mistral-Nemo-Instruct-2407", ("mistral-13b-instruct", "mistral-12b-instruct", "mistral-nemo-instruct"),
-        "Mistral-Nemo 12B Instruct", chat=True,
-    ),
-    _llama_2("7b", 6_738_415_616, chat=False),
-    _llama_2("7b", 6_738_415_616, chat=True),
-    _llama_2("13b", 13_015_864_320, chat=False),
-    _llama_2("13b", 13_015_864_320, chat=True),
-    _llama_2("70b", 68_976_648_192, chat=False),
-    _llama_2("70b", 68_976_648_192, chat=True),
-    _falcon("7b", 6_921_720_704, ("en", "fr"), instruct=False),
-    _falcon("7b", 6_921_720_704, ("en", "fr"), instruct=True),
-    _falcon("40b", 41_303_293_952, _FALCON_40B_LANGUAGES, instruct=False),
-    _falcon("40b", 41_303_293_952, _FALCON_40B_LANGUAGES, instruct=True),
-)  # fmt: skip
 
 
 def _sentence_transformer(name: str, shown: str, dimension: int, max_tokens: int, languages: tuple[str, ...], note: str) -> EmbeddingModel:

@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS, BaseModel, EmbeddingModel
+from server.domain.base_models import BASE_MODELS, BaseModel
+from server.domain.catalogue import EMBEDDING_MODELS, EmbeddingModel
 from server.domain.documents import Document
 from server.domain.errors import FailedPrecondition, Unavailable
 from server.domain.jobs import Job

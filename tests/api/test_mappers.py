@@ -25,7 +25,8 @@ from modeltraining.v1 import (
 
 from server.api.mappers import catalogue, datasets, documents, events, fine_tuning, generation, jobs, models, rag, retrieval
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.catalogue import BASE_MODELS, EMBEDDING_MODELS, Pooling
+from server.domain.base_models import BASE_MODELS
+from server.domain.catalogue import EMBEDDING_MODELS, Pooling
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState
 from server.domain.errors import ErrorData

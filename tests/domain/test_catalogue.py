@@ -2,11 +2,10 @@
 
 import pytest
 
+from server.domain.base_models import BASE_MODELS, NO_MISTRAL_13B_NOTE
 from server.domain.catalogue import (
-    BASE_MODELS,
     EMBEDDING_MODELS,
     FARASA_REFUSAL,
-    NO_MISTRAL_13B_NOTE,
     Pooling,
     Preparation,
     find_base_model,
@@ -67,9 +66,20 @@ def test_unknown_names_are_not_found() -> None:
     assert find_embedding_model("bge") is None
 
 
-def test_only_llama_and_mistral_ask_for_an_accepted_licence() -> None:
-    assert {model.family for model in BASE_MODELS if model.gated} == {"llama", "mistral"}
-    assert {model.license for model in BASE_MODELS if model.gated and model.family == "llama"} == {"Llama 2 Community License"}
+def test_who_must_accept_a_licence_first_is_marked() -> None:
+    assert {model.family for model in BASE_MODELS if model.gated} == {"llama", "mistral", "gemma2"}
+    assert all("Llama" in model.license for model in BASE_MODELS if "meta-llama" in model.base_model_id)
+    assert not any(model.gated for model in BASE_MODELS if model.license == "MIT")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-2-70b", "llama-3-8b", "llama-3.1-70b", "llama-3.3-70b", "qwen2.5-7b-instruct", "gemma-2-9b-it", "phi-4"]
+)
+def test_the_generations_and_the_popular_others_are_there(name: str) -> None:
+    model = find_base_model(name)
+    assert model is not None
+    assert model.lora_targets
+    assert model.revision
 
 
 def test_each_embedding_family_brings_what_it_needs() -> None:

@@ -3,7 +3,8 @@
 from modeltraining.v1 import base_model_pb2, embedding_model_pb2
 
 from server.api.mappers.values import enum_to_proto
-from server.domain.catalogue import BaseModel, EmbeddingModel
+from server.domain.base_models import BaseModel
+from server.domain.catalogue import EmbeddingModel
 
 Availability = base_model_pb2.BaseModel
 
@@ -22,6 +23,8 @@ def base_model_to_proto(model: BaseModel, is_present: bool) -> base_model_pb2.Ba
         chat=model.chat,
         languages=model.languages,
         size_bytes=model.size_bytes,
+        lora_target_modules=model.lora_targets,
+        revision=model.revision,
         availability=_availability(is_present, model.gated),
         availability_reason="" if is_present else _say_what_is_missing(model.gated),
         note=model.note,
