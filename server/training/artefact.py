@@ -1,7 +1,7 @@
 """The result of a fine-tuning: written as peft and transformers read it, loaded back into fresh weights and shown to do something."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from server.basemodels.rendering import PROBE, effective_template, find_stop_tok
 from server.basemodels.sources import ResolvedModel
 from server.domain.jobs import FailureReason, JobFailure
 from server.storage.artefacts import Artefact, ArtefactStore, Described
+from server.training.card import CARD_FACTS, CARD_NAME, CardFacts, write_model_card
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # The adapter's weights and the tokenizer's files, and room for the file system.
@@ -36,8 +37,9 @@ def save_result(
     tokenizer: PreTrainedTokenizerBase,
     base: ResolvedModel,
     facts: Mapping[str, Described],
+    card: CardFacts | None = None,
 ) -> Artefact:
-    """Write adapter, tokenizer and template; the manifest ties them to the base model's revision and to golden token ids."""
+    """Write adapter, tokenizer, template and card; the manifest ties them to the base model's revision and to golden token ids."""
     adapter_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     store.require_space(adapter_bytes + SPACE_RESERVE_BYTES)
 
@@ -47,9 +49,10 @@ def save_result(
             config.base_model_name_or_path = base.base_model
             config.revision = None
         model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
-        (directory / "README.md").unlink(missing_ok=True)
+        (directory / CARD_NAME).unlink(missing_ok=True)
         tokenizer.chat_template = effective_template(tokenizer)
         tokenizer.save_pretrained(directory)
+        told = _write_card(directory, replace(card, template_sha256=hash_template(tokenizer))) if card else {}
         return {
             "kind": "adapter",
             "base_model": base.base_model,
@@ -57,10 +60,17 @@ def save_result(
             "template_sha256": hash_template(tokenizer),
             "golden_token_ids": render(tokenizer, PROBE).token_ids,
             "stop_token_ids": sorted(find_stop_token_ids(tokenizer)),
+            **told,
             **facts,
         }
 
     return store.write(path, fill)
+
+
+def _write_card(directory: Path, card: CardFacts) -> Mapping[str, Described]:
+    """Write the card; give its facts for the manifest, from where an export takes them."""
+    (directory / CARD_NAME).write_text(write_model_card(card), encoding="utf-8")
+    return {"card": CARD_FACTS.encode(card).decode()}
 
 
 def try_result(artefact: Artefact, base_directory: Path, dtype: torch.dtype, device: torch.device) -> Effect:

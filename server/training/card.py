@@ -136,8 +136,8 @@ def _list_data(facts: CardFacts) -> list[tuple[str, str]]:
 def _list_configuration(facts: CardFacts) -> list[tuple[str, str]]:
     codec = Codec[FineTuneSpec](FineTuneSpec)
     content = codec.to_json(facts.spec)
-    technique, parameters = _flatten("", content["technique"]), _flatten("", content["parameters"])
-    return [(f"technique.{name}" if name != "kind" else "technique", value) for name, value in technique] + parameters
+    shape = [(f"technique.{name}", value) for name, value in _flatten("", content["technique"]) if name != "kind"]
+    return [("technique", facts.spec.technique.kind), *shape, *_flatten("", content["parameters"])]
 
 
 def _flatten(prefix: str, content: Mapping[str, object]) -> list[tuple[str, str]]:

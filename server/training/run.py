@@ -22,6 +22,7 @@ from server.storage.artefacts import ArtefactInvalid, ArtefactStore, DiskFull
 from server.training.adapters import add_lora, trainable_parameters
 from server.training.artefact import describe_libraries, save_result, try_result
 from server.training.batches import BatchPlan
+from server.training.card import CardFacts, CardForm
 from server.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from server.training.data import ReadResult, TokenizedRecords, check_records, read_records, split_held_out
 from server.training.loop import Run, Stopped, make_optimiser, train
@@ -147,7 +148,8 @@ def _identify(order: FineTuneOrder, base: ResolvedModel) -> str:
 def _finish(order: FineTuneOrder, store: ArtefactStore, base: ResolvedModel, ready: _Ready, began: float) -> ResultReady:
     run, position = ready.run, ready.position
     facts = {"technique": order.spec.technique.kind, "steps": position.step, "tokens": position.tokens, **describe_libraries()}
-    artefact = save_result(store, order.artifact_path, run.network.model, ready.tokenizer, base, facts)
+    card = _describe(order, base, run, position)
+    artefact = save_result(store, order.artifact_path, run.network.model, ready.tokenizer, base, facts, card)
     # The trial loads the base model afresh: two of them need not fit into memory.
     del run
     del ready.run
@@ -164,4 +166,22 @@ def _finish(order: FineTuneOrder, store: ArtefactStore, base: ResolvedModel, rea
         metrics=metrics,
         compute_seconds=time.perf_counter() - began,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        checkpoint_step=card.checkpoint_step,
+        library_versions=card.library_versions,
+        template_sha256=str(artefact.description["template_sha256"]),
+    )
+
+
+def _describe(order: FineTuneOrder, base: ResolvedModel, run: Run, position: Position) -> CardFacts:
+    """Gather what the model card tells."""
+    return CardFacts(
+        form=CardForm.ADAPTER,
+        spec=order.spec,
+        job_id=order.job_id,
+        base_revision=base.revision,
+        checkpoint_step=position.step,
+        train_records=len(run.records),
+        eval_records=len(run.held_out),
+        metrics={"best_eval_loss": position.best_loss} if position.best_loss is not None else {},
+        library_versions={name.removesuffix("_version"): str(version) for name, version in describe_libraries().items()},
     )
