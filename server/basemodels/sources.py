@@ -1,23 +1,21 @@
 """Where base models come from: packaged weights, a local directory, the hub. Gives a verified local directory; knows no torch."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from server.basemodels.errors import BaseModelUnavailable
+from server.basemodels.hub import HubModels
 from server.basemodels.inspection import check_directory, fingerprint_directory
 from server.basemodels.packaged import PACKAGED_MODELS, PackagedModel
+from server.basemodels.shapes import read_shape
+from server.domain.catalogue import find_base_model
 from server.domain.errors import NotFound
+from server.domain.shapes import ModelShape
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# Weights as safetensors and what describes them: nothing pickled, no code.
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
-HUB_FILES_REFUSED = ["*.py", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "onnx/*", "openvino/*", "*.gguf"]
-HUB_TIMEOUT_SECONDS = 10.0
-HUB_CHECK_SECONDS = 5.0  # somebody waits for the answer
 
 
 class SourceKind(StrEnum):
@@ -54,23 +52,37 @@ class BaseModelSource:
         self._cache_path = cache_path
         self._allowed_local_roots = [root.resolve() for root in allowed_local_roots]
         self._aliases = dict(aliases or {})
-        self._hub_token = hub_token
-        self._hub_endpoint = hub_endpoint
-        self._offline = offline
+        self._hub = HubModels(cache_path / "hub", token=hub_token, endpoint=hub_endpoint, offline=offline)
 
-    def resolve(self, base_model: str) -> ResolvedModel:
+    def resolve(self, base_model: str, revision: str | None = None) -> ResolvedModel:
         """Give the verified directory of a base model; converts or downloads at first use.
 
+        `revision` is that of an earlier `resolve`: of the hub that commit is taken; other models must not have changed since.
         Raises NotFound (no such model), BaseModelUnavailable (cannot be had here now), BaseModelRefused (unsafe to load).
         """
         name = self.canonical_name(base_model)
         if packaged := PACKAGED_MODELS.get(name):
-            return self._resolve_packaged(packaged)
-        if name.startswith("/"):
-            return self._resolve_local(name)
-        if HUB_ID.fullmatch(name) is None or ".." in name or "--" in name:
+            resolved = self._resolve_packaged(packaged)
+        elif name.startswith("/"):
+            resolved = self._resolve_local(name)
+        elif HUB_ID.fullmatch(name) is None or ".." in name or "--" in name:
             raise NotFound.of("base model", base_model)
-        return self._resolve_hub(name)
+        else:
+            resolved = self._resolve_hub(name, revision)
+        if revision is not None and resolved.revision != revision:
+            raise BaseModelUnavailable(f"{name} is not what it was: its files have changed since.", reason="BASE_MODEL_CHANGED")
+        return resolved
+
+    def read_shape(self, base_model: str) -> ModelShape | None:
+        """Give the shape of a model of the catalogue or of one whose files lie here; None where nothing is known of it yet.
+
+        Raises as `resolve` does.
+        """
+        name = self.canonical_name(base_model)
+        if known := find_base_model(name):
+            return known.shape
+        directory = self._local_directory(name) if name.startswith("/") else self._hub.find_cached(name)
+        return read_shape(directory, name) if directory else None
 
     def check(self, base_model: str) -> None:
         """Check without converting or downloading whether `resolve` can work; the hub is asked about a model that is not cached.
@@ -85,7 +97,7 @@ class BaseModelSource:
         elif HUB_ID.fullmatch(name) is None or ".." in name or "--" in name:
             raise NotFound.of("base model", base_model)
         elif not self.is_present(name):
-            self._ask_hub(name)
+            self._hub.ask(name)
 
     def canonical_name(self, base_model: str) -> str:
         """Give the hub id or path that an alias stands for; anything else stays."""
@@ -102,11 +114,7 @@ class BaseModelSource:
             return True
         if name.startswith("/"):
             return self._find_local(name) is not None
-        return any((self._hub_path / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
-
-    @property
-    def _hub_path(self) -> Path:
-        return self._cache_path / "hub"
+        return self._hub.is_present(name)
 
     def _resolve_packaged(self, packaged: PackagedModel) -> ResolvedModel:
         if not packaged.is_gguf:
@@ -134,57 +142,7 @@ class BaseModelSource:
         check_directory(directory, name)
         return ResolvedModel(name, f"fingerprint:{fingerprint_directory(directory)}", directory, SourceKind.LOCAL)
 
-    def _resolve_hub(self, name: str) -> ResolvedModel:
-        directory = self._download(name)
+    def _resolve_hub(self, name: str, revision: str | None) -> ResolvedModel:
+        directory = self._hub.fetch(name, revision)
         check_directory(directory, name, may_ignore_code=True)
-        # The hub's cache names a snapshot's directory after its commit.
         return ResolvedModel(name, directory.name, directory, SourceKind.HUB)
-
-    def _ask_hub(self, name: str) -> None:
-        """Raise where the hub does not know the model, keeps it from us, or cannot be reached."""
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import OfflineModeIsEnabled
-
-        with self._explain_hub_errors(name):
-            if self._offline:
-                raise OfflineModeIsEnabled(name)
-            HfApi(self._hub_endpoint, token=self._hub_token or False).model_info(name, timeout=HUB_CHECK_SECONDS)
-
-    def _download(self, name: str) -> Path:
-        # A late import: an HTTP client that is needed only for models from the hub.
-        from huggingface_hub import snapshot_download
-
-        with self._explain_hub_errors(name):
-            return Path(
-                snapshot_download(
-                    name,
-                    cache_dir=self._hub_path,
-                    allow_patterns=HUB_FILES,
-                    ignore_patterns=HUB_FILES_REFUSED,
-                    token=self._hub_token or False,
-                    endpoint=self._hub_endpoint,
-                    local_files_only=self._offline,
-                    etag_timeout=HUB_TIMEOUT_SECONDS,
-                )
-            )
-
-    @contextmanager
-    def _explain_hub_errors(self, name: str) -> Iterator[None]:
-        import httpx2
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-        try:
-            yield
-        except GatedRepoError:
-            raise BaseModelUnavailable(
-                f"{name} is gated: accept its licence on the hub and set HF_TOKEN for this server.", reason="BASE_MODEL_GATED"
-            ) from None
-        except RepositoryNotFoundError:
-            raise NotFound.of("base model", name) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError):
-            where = (
-                "is not in the cache and the hub is switched off"
-                if self._offline
-                else "could not be fetched: the hub cannot be reached from here"
-            )
-            raise BaseModelUnavailable(f"{name} {where}.") from None

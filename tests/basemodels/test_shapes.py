@@ -1,14 +1,17 @@
 """The catalogue's shapes are those of the real architectures: each is built from its published configuration on torch's meta device."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from server.basemodels.sources import BaseModelSource
 from server.domain.base_models import BASE_MODELS, BaseModel
 from server.domain.shapes import Linear, ModelShape
+from tests.tiny_models import build_tiny_causal_model
 
 BY_SHAPE = {model.shape: model for model in BASE_MODELS}
 
@@ -94,3 +97,19 @@ def test_a_shape_is_that_of_the_architecture(shape: ModelShape) -> None:
 def test_a_count_is_the_published_one(alias: str) -> None:
     model = next(model for model in BASE_MODELS if alias in model.aliases)
     assert model.parameter_count == PUBLISHED[alias]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "falcon", "qwen2", "gemma"])
+def test_the_shape_of_a_local_model_is_read_from_its_files(family: str, tmp_path: Path) -> None:
+    directory = build_tiny_causal_model(tmp_path / "models" / family, family)
+    source = BaseModelSource(tmp_path / "cache", allowed_local_roots=[tmp_path / "models"])
+    shape = source.read_shape(str(directory))
+    built = AutoModelForCausalLM.from_pretrained(directory)
+    assert shape is not None
+    assert shape.parameter_count == sum(parameter.numel() for parameter in built.parameters())
+    assert sorted(shape.linears * shape.layer_count, key=repr) == sorted(_list_linears(built), key=repr)
+    assert shape.key_head_count <= shape.head_count
+
+
+def test_of_a_model_that_was_never_seen_no_shape_is_known(tmp_path: Path) -> None:
+    assert BaseModelSource(tmp_path, offline=True).read_shape("nobody/nothing") is None

@@ -98,6 +98,29 @@ def test_a_hub_model_in_the_cache_resolves_without_the_hub(source: BaseModelSour
     assert source.is_present("some/model")
 
 
+def test_a_hub_model_stays_at_the_commit_that_was_taken_first(source: BaseModelSource, tmp_path: Path) -> None:
+    first, second = "0" * 40, "1" * 40
+    repository = tmp_path / "cache" / "hub" / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    for seed, commit in enumerate((first, second)):
+        build_tiny_causal_model(repository / "snapshots" / commit, seed=seed)
+        (repository / "refs" / "main").write_text(commit)
+        assert source.resolve("some/model").revision == first, "the newest commit is taken once"
+    assert source.resolve("some/model", second).revision == second
+    assert source.resolve("some/model").revision == first
+    with pytest.raises(BaseModelUnavailable):
+        source.resolve("some/model", "2" * 40)
+
+
+def test_a_model_that_has_changed_is_not_taken_for_the_old_one(source: BaseModelSource, models: Path) -> None:
+    directory = build_tiny_causal_model(models / "llama", seed=1)
+    revision = source.resolve(str(directory)).revision
+    assert source.resolve(str(directory), revision).revision == revision
+    build_tiny_causal_model(directory, seed=2)
+    with pytest.raises(BaseModelUnavailable, match="changed"):
+        source.resolve(str(directory), revision)
+
+
 def refuse(source: BaseModelSource, directory: Path) -> BaseModelRefused:
     with pytest.raises(BaseModelRefused) as refused:
         source.resolve(str(directory))
