@@ -71,13 +71,16 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.db.database import PostgresDatabase
     from server.db.feed import PostgresJobFeed
     from server.inference.client import EngineClient
+    from server.launcher.machine import measure_machine
     from server.services.datasets import Datasets
-    from server.services.fine_tuning import FineTuneDefaults, FineTuning
+    from server.services.estimating import Estimator
+    from server.services.fine_tuning import FineTuning
     from server.services.inference_service import InferenceService
     from server.services.model_service import ModelService
     from server.services.rag_answers import RagAnswers
     from server.services.rag_models import RagModels
     from server.services.references import References
+    from server.services.training_parameters import FineTuneDefaults
     from server.services.training_service import TrainingService
     from server.storage.files import LocalFiles
 
@@ -89,7 +92,8 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     base_models = _make_source(settings)
     datasets = Datasets(database, files, settings.max_dataset_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
-    fine_tuning = FineTuning(database, datasets, base_models, defaults)
+    estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes))
+    fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
     references = References(database, base_models)
     services = Services(
         models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),

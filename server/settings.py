@@ -113,6 +113,12 @@ class Settings:
     max_job_attempts: int = _variable(
         "MAX_JOB_ATTEMPTS", _integer(1, 100), "5", "A job fails as CRASH_LOOP at so many crashes without getting further."
     )
+    training_memory_bytes: int | None = _variable(
+        "TRAINING_MEMORY_BYTES",
+        _integer(1 << 20, 1 << 50),
+        "",
+        "Memory that one training job may take; what needs more is refused. Unset: nine tenths of this machine's.",
+    )
     max_dataset_bytes: int = _variable(
         "MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes."
     )

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from google.protobuf.empty_pb2 import Empty
 from grpc import aio
-from modeltraining.v1 import document_pb2, model_pb2
+from modeltraining.v1 import document_pb2, estimate_pb2, model_pb2
 from modeltraining.v1 import model_service_pb2 as pb
 from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
 
 from server.api.decoding import page_from_proto, refuse_all_bad
 from server.api.mappers.catalogue import base_model_to_proto, embedding_model_to_proto
 from server.api.mappers.documents import add_documents_from_proto, document_to_proto, list_documents_from_proto
+from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.models import (
     create_fine_tuned_from_proto,
@@ -75,6 +76,15 @@ class ModelServicer(ModelServiceServicer):
         trial = replace(wanted, validate_only=True, request_id="")
         await refuse_all_bad(found, lambda: self._service.create_fine_tuned_model(self._organization, trial))
         return fine_tuned_to_proto(await self._service.create_fine_tuned_model(self._organization, wanted))
+
+    async def EstimateFineTune(
+        self, request: pb.EstimateFineTuneRequest, context: Context[pb.EstimateFineTuneRequest, estimate_pb2.Estimate]
+    ) -> estimate_pb2.Estimate:
+        """Say what a fine-tuning would need."""
+        found = Violations()
+        wanted = create_fine_tuned_from_proto(request.fine_tune, found)
+        await refuse_all_bad(found, lambda: self._service.estimate_fine_tune(self._organization, wanted))
+        return estimate_to_proto(await self._service.estimate_fine_tune(self._organization, wanted))
 
     async def CreateRagModel(
         self, request: pb.CreateRagModelRequest, context: Context[pb.CreateRagModelRequest, pb.CreateRagModelResponse]

@@ -19,7 +19,7 @@ from server.domain.ids import DATASET, JOB, MODEL, is_id
 from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
 from server.domain.specs import FineTuneSpec, IndexSpec
 from server.services.codec import LOGGED_PAYLOAD, SPEC, Codec
-from server.services.ports import JobFilter, Page
+from server.services.ports import JobFilter, Page, TrainingSpeed
 
 PROGRESS = Codec[Progress](Progress)
 BEST = Codec[Best | None](Best | None)
@@ -131,6 +131,13 @@ class PostgresJobs:
             return []
         query = select(checkpoints).where(*self._of_job(checkpoints, job_id)).order_by(checkpoints.c.step.desc())
         return [checkpoint_from_row(row) for row in await self._connection.execute(query)]
+
+    async def list_speeds(self, limit: int) -> Sequence[TrainingSpeed]:
+        """Give how fast the latest fine-tunings that succeeded have trained, newest first."""
+        done = (jobs.c.organization == self._organization, jobs.c.state == JobState.SUCCEEDED, jobs.c.kind == JobKind.FINE_TUNE)
+        query = select(jobs.c.spec, jobs.c.progress).where(*done).order_by(jobs.c.job_id.desc()).limit(limit)
+        found = [(SPEC.from_json(row.spec), PROGRESS.from_json(row.progress)) for row in await self._connection.execute(query)]
+        return [TrainingSpeed(spec, done.tokens_per_second) for spec, done in found if isinstance(spec, FineTuneSpec) and done.tokens > 0]
 
     async def _lock(self, job_id: str) -> Row[Any]:
         row = (await self._connection.execute(select(jobs).where(*self._own(job_id)).with_for_update())).one_or_none()

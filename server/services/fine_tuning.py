@@ -2,69 +2,99 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from server.domain.datasets import Dataset, RecordKind
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
+from server.domain.estimates import Estimate
 from server.domain.ids import JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType
 from server.domain.records import RecordInvalid, parse_record
-from server.domain.specs import (
-    DEFAULT_PREFERENCE_STRENGTH,
-    DEFAULT_SAMPLE_TOKENS,
-    FineTuneSpec,
-    LossOn,
-    Objective,
-    OverlongPolicy,
-    ParametersRequest,
-    Scheduler,
-    TrainingParameters,
-)
-from server.domain.techniques import LoraTechnique, Technique
+from server.domain.specs import FineTuneSpec
+from server.domain.techniques import LoraTechnique
 from server.services.datasets import Datasets
+from server.services.estimating import Estimator, describe_inline, refuse_if_too_big
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
 from server.services.requests import Created, CreateFineTunedModel
 from server.services.technique_checks import check_technique
-from server.services.validation import MAX_CONTEXT_TOKENS, MAX_SEED, Violations
+from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
+from server.services.validation import Violations
 
 METHOD = "CreateFineTunedModel"
 MAX_INLINE_RECORDS = 10_000
-DEFAULT_EPOCHS = 3.0
-DEFAULT_WARMUP_RATIO = 0.05
-DEFAULT_SEQUENCE_TOKENS = 2_048
-# A crash costs at most a fifth of the work, and on long jobs at most so many steps.
-DEFAULT_CHECKPOINTS = 5
-MAX_DEFAULT_CHECKPOINT_STEPS = 50
-# Preference tuning moves a model that can already answer: the papers and TRL take a tenth and less of the supervised rate.
-PREFERENCE_RATE_SHARE = 0.05
-MAX_SAMPLE_PROMPTS = 8
-MAX_SAMPLE_PROMPT_CHARACTERS = 4_000
+# How many finished trainings tell how fast the next one will be.
+SPEEDS_READ = 20
 
 
 @dataclass(frozen=True, slots=True)
-class FineTuneDefaults:
-    """What the deployment fills in: DEFAULT_BATCH_SIZE (records) and DEFAULT_LEARNING_RATE (None: the technique's own)."""
+class _Plan:
+    """A checked request with everything filled in. Of inline records the specification does not name the dataset yet."""
 
-    batch_size: int
-    learning_rate: float | None
+    target: Model | None
+    spec: FineTuneSpec
+    estimate: Estimate | None
 
 
 class FineTuning:
-    """The use case CreateFineTunedModel."""
+    """The use cases CreateFineTunedModel and EstimateFineTune."""
 
-    def __init__(self, database: Database, datasets: Datasets, base_models: BaseModels, defaults: FineTuneDefaults) -> None:
+    def __init__(
+        self, database: Database, datasets: Datasets, base_models: BaseModels, defaults: FineTuneDefaults, estimator: Estimator
+    ) -> None:
         self._database = database
         self._datasets = datasets
         self._base_models = base_models
         self._defaults = defaults
+        self._estimator = estimator
 
     async def create(self, organization: str, request: CreateFineTunedModel) -> Created:
-        """Store a model (or add to one) and the job that trains it. Raises InvalidInput naming every bad field."""
+        """Store a model (or add to one) and the job that trains it.
+
+        Raises InvalidInput naming every bad field, FailedPrecondition (DOES_NOT_FIT) for what no memory here suffices for.
+        """
         body = hash_body(request)
+        async with self._database.transaction(organization) as transaction:
+            if issued := await find_issued(transaction, METHOD, request.request_id, body):
+                return await _read_created(transaction, issued)
+        plan = await self._plan(organization, request)
+        if plan.estimate:
+            refuse_if_too_big(plan.estimate)
+        if request.validate_only:
+            return _preview(plan, request)
+        async with self._database.transaction(organization) as transaction:
+            if issued := await find_issued(transaction, METHOD, request.request_id, body):
+                return await _read_created(transaction, issued)
+            spec = plan.spec
+            if not spec.dataset_id:
+                name = f"Records of {request.display_name}"[:200]
+                stored = await self._datasets.add_inline(transaction, organization, name, request.inline_records)
+                spec = replace(spec, dataset_id=stored.dataset_id, dataset_sha256=stored.sha256)
+            # Locked, and looked at again: the plan was made without holding anything.
+            model = await _lock_target(transaction, plan.target) if plan.target else _new_model(request, spec)
+            if plan.target is None:
+                await transaction.models.insert(model)
+            job = _new_job(model.model_id, spec, plan.estimate)
+            await transaction.jobs.insert(job)
+            await remember(transaction, METHOD, request.request_id, body, {"model_id": model.model_id, "job_id": job.job_id})
+            return await _read_created(transaction, {"model_id": model.model_id, "job_id": job.job_id})
+
+    async def estimate(self, organization: str, request: CreateFineTunedModel) -> Estimate:
+        """Say what a fine-tuning would need. Raises InvalidInput, FailedPrecondition (NO_ESTIMATE) for a base model never seen here."""
+        named = request if request.display_name or request.model_id else replace(request, display_name="Estimate")
+        plan = await self._plan(organization, named)
+        if plan.estimate is None:
+            raise FailedPrecondition(
+                f"Nothing is known of {plan.spec.base_model} before its files are here: ask it once, or choose a model of the catalogue.",
+                reason="NO_ESTIMATE",
+            )
+        return plan.estimate
+
+    async def _plan(self, organization: str, request: CreateFineTunedModel) -> _Plan:
+        """Check everything and fill in what was left out; stores nothing."""
         found = Violations()
         _check_plain(found, request)
         base_model = self._base_models.canonical_name(request.base_model)
@@ -72,34 +102,15 @@ class FineTuning:
             # May ask the hub, so it stands before the transaction.
             await check_base_model(self._base_models, found, "base_model", base_model)
         async with self._database.transaction(organization) as transaction:
-            if issued := await find_issued(transaction, METHOD, request.request_id, body):
-                return Created(await transaction.models.get(issued["model_id"]), await transaction.jobs.get(issued["job_id"]))
             target = await _find_target(transaction, found, request.model_id, base_model)
             base_model = target.base_model if target else base_model
             dataset = await _find_dataset(transaction, found, "dataset_id", request.dataset_id)
             evaluation = await _find_dataset(transaction, found, "eval_dataset_id", request.eval_dataset_id)
-            found.raise_if_any()
-            if dataset is None:
-                dataset = await self._store_inline(transaction, organization, request)
-            spec = self._resolve(request, base_model, dataset, evaluation)
-            model = target or _new_model(request, base_model)
-            job = _new_job(model, spec)
-            if request.validate_only:
-                return Created(
-                    model if target else replace(model, model_id=""), replace(job, job_id="", model_id=target.model_id if target else "")
-                )
-            if target is None:
-                await transaction.models.insert(model)
-            await transaction.jobs.insert(job)
-            await remember(transaction, METHOD, request.request_id, body, {"model_id": model.model_id, "job_id": job.job_id})
-            return Created(await transaction.models.get(model.model_id), await transaction.jobs.get(job.job_id))
-
-    async def _store_inline(self, transaction: Transaction, organization: str, request: CreateFineTunedModel) -> Dataset | None:
-        if request.validate_only:
-            return None
-        return await self._datasets.add_inline(
-            transaction, organization, f"Records of {request.display_name}"[:200], request.inline_records
-        )
+            speeds = await transaction.jobs.list_speeds(SPEEDS_READ)
+        found.raise_if_any()
+        spec = self._resolve(request, base_model, dataset, evaluation)
+        source = dataset or describe_inline(request.inline_records)
+        return _Plan(target, spec, await self._estimator.estimate(spec, source, speeds))
 
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:
         fraction = request.eval_fraction or 0.0
@@ -107,62 +118,34 @@ class FineTuning:
         pairs = dataset is not None and dataset.record_kind is RecordKind.PREFERENCE
         records = dataset.record_count if dataset else len(request.inline_records)
         trained = max(1, records - math.floor(records * fraction))
+        held_out = evaluation is not None or fraction > 0
         return FineTuneSpec(
             base_model=base_model,
             dataset_id=dataset.dataset_id if dataset else "",
             dataset_sha256=dataset.sha256 if dataset else "",
             technique=technique,
-            parameters=resolve_parameters(
-                request.parameters, self._defaults, technique, trained, pairs=pairs, held_out=evaluation is not None or fraction > 0
-            ),
+            parameters=resolve_parameters(request.parameters, self._defaults, technique, trained, pairs=pairs, held_out=held_out),
             eval_dataset_id=evaluation.dataset_id if evaluation else None,
             eval_fraction=fraction,
             warm_start_from=request.warm_start_from,
         )
 
 
-def resolve_parameters(
-    asked: ParametersRequest, defaults: FineTuneDefaults, technique: Technique, records: int, *, pairs: bool = False, held_out: bool = False
-) -> TrainingParameters:
-    """Fill in what was left out, for `records` training records; `pairs`: they are preferences, `held_out`: some are for evaluation."""
-    objective = asked.objective or (Objective.DPO if pairs else Objective.SUPERVISED)
-    batch_size = asked.batch_size or defaults.batch_size
-    epochs = asked.epochs or DEFAULT_EPOCHS
-    steps = asked.max_steps or max(1, math.ceil(records / batch_size * epochs))
-    warmup_ratio = DEFAULT_WARMUP_RATIO if asked.warmup_ratio is None else asked.warmup_ratio
-    every = max(1, min(MAX_DEFAULT_CHECKPOINT_STEPS, math.ceil(steps / DEFAULT_CHECKPOINTS)))
-    return TrainingParameters(
-        epochs=epochs,
-        max_steps=asked.max_steps,
-        batch_size=batch_size,
-        learning_rate=asked.learning_rate or _default_learning_rate(defaults, technique, objective),
-        scheduler=asked.scheduler or Scheduler.COSINE,
-        warmup_steps=math.ceil(steps * warmup_ratio) if asked.warmup_steps is None else asked.warmup_steps,
-        weight_decay=asked.weight_decay or 0.0,
-        max_gradient_norm=asked.max_gradient_norm or 1.0,
-        max_sequence_tokens=asked.max_sequence_tokens or DEFAULT_SEQUENCE_TOKENS,
-        overlong_policy=asked.overlong_policy or OverlongPolicy.REJECT,
-        loss_on=asked.loss_on or LossOn.ASSISTANT,
-        seed=asked.seed or 0,
-        evaluate_every_steps=asked.evaluate_every_steps or every,
-        checkpoint_every_steps=asked.checkpoint_every_steps or every,
-        packing=asked.packing is not False,
-        objective=objective,
-        preference_strength=asked.preference_strength or DEFAULT_PREFERENCE_STRENGTH,
-        micro_batch_tokens=asked.micro_batch_tokens,
-        gradient_checkpointing=asked.gradient_checkpointing,
-        retry_out_of_memory=asked.retry_out_of_memory is not False,
-        keep_best=held_out if asked.keep_best is None else asked.keep_best,
-        early_stopping=asked.early_stopping,
-        sample_prompts=asked.sample_prompts,
-        sample_tokens=asked.sample_tokens or DEFAULT_SAMPLE_TOKENS,
-    )
+async def _read_created(transaction: Transaction, ids: Mapping[str, str]) -> Created:
+    return Created(await transaction.models.get(ids["model_id"]), await transaction.jobs.get(ids["job_id"]))
 
 
-def _default_learning_rate(defaults: FineTuneDefaults, technique: Technique, objective: Objective) -> float:
-    if defaults.learning_rate is not None:
-        return defaults.learning_rate
-    return technique.default_learning_rate * (PREFERENCE_RATE_SHARE if objective.needs_pairs else 1.0)
+async def _lock_target(transaction: Transaction, target: Model) -> Model:
+    model = await transaction.models.get(target.model_id, lock=True)
+    if model.state is ModelState.DELETING:
+        raise FailedPrecondition("The model is being deleted.", reason="MODEL_DELETING", metadata={"model_id": model.model_id})
+    return model
+
+
+def _preview(plan: _Plan, request: CreateFineTunedModel) -> Created:
+    """Show what would be created, without ids that nobody could use."""
+    model = plan.target or replace(_new_model(request, plan.spec), model_id="")
+    return Created(model, replace(_new_job(model.model_id, plan.spec, plan.estimate), job_id=""))
 
 
 async def check_base_model(base_models: BaseModels, found: Violations, field: str, base_model: str) -> None:
@@ -180,7 +163,8 @@ async def check_base_model(base_models: BaseModels, found: Violations, field: st
 
 
 def _check_plain(found: Violations, request: CreateFineTunedModel) -> None:
-    found.name(request.display_name, request.description, request.request_id)
+    # Another version needs no name: the model has one.
+    found.name(request.display_name or ("-" if request.model_id else ""), request.description, request.request_id)
     found.labels(request.labels)
     if bool(request.dataset_id) == bool(request.inline_records):
         found.add("dataset_id", "give exactly one of dataset_id and inline_records")
@@ -208,43 +192,12 @@ def _check_inline(found: Violations, lines: Sequence[bytes]) -> None:
             found.add(f"inline_records[{place}]", f"{error.code}: {error}")
 
 
-def check_parameters(found: Violations, asked: ParametersRequest) -> None:
-    """Check every number of a training; what is left out is fine."""
-    number, prefix = found.number, "parameters."
-    number(f"{prefix}epochs", asked.epochs, 0, 1_000, above=True)
-    number(f"{prefix}max_steps", asked.max_steps, 1, 10_000_000)
-    number(f"{prefix}batch_size", asked.batch_size, 1, 4_096)
-    number(f"{prefix}learning_rate", asked.learning_rate, 0, 1, above=True)
-    number(f"{prefix}warmup_steps", asked.warmup_steps, 0, 1_000_000)
-    number(f"{prefix}warmup_ratio", asked.warmup_ratio, 0, 1)
-    if asked.warmup_steps is not None and asked.warmup_ratio is not None:
-        found.add(f"{prefix}warmup_ratio", "give at most one of warmup_steps and warmup_ratio")
-    if asked.epochs is not None and asked.max_steps is not None:
-        found.add(f"{prefix}max_steps", "give at most one of epochs and max_steps")
-    number(f"{prefix}weight_decay", asked.weight_decay, 0, 10)
-    number(f"{prefix}max_gradient_norm", asked.max_gradient_norm, 0, 1_000_000, above=True)
-    number(f"{prefix}max_sequence_tokens", asked.max_sequence_tokens, 8, MAX_CONTEXT_TOKENS)
-    number(f"{prefix}seed", asked.seed, 0, MAX_SEED)
-    number(f"{prefix}evaluation.every_steps", asked.evaluate_every_steps, 1, 1_000_000)
-    number(f"{prefix}checkpointing.every_steps", asked.checkpoint_every_steps, 1, 1_000_000)
-    number(f"{prefix}preference_strength", asked.preference_strength, 0, 100, above=True)
-    number(f"{prefix}micro_batch_tokens", asked.micro_batch_tokens, 64, 1 << 20)
-    number(f"{prefix}evaluation.sample_tokens", asked.sample_tokens, 1, 512)
-    if asked.early_stopping is not None:
-        number(f"{prefix}early_stopping.patience", asked.early_stopping.patience, 1, 100)
-        number(f"{prefix}early_stopping.min_delta", asked.early_stopping.min_delta, 0, 1_000)
-    if len(asked.sample_prompts) > MAX_SAMPLE_PROMPTS:
-        found.add(f"{prefix}evaluation.sample_prompts", f"must be at most {MAX_SAMPLE_PROMPTS}, not {len(asked.sample_prompts)}")
-    for place, prompt in enumerate(asked.sample_prompts[:MAX_SAMPLE_PROMPTS]):
-        found.text(f"{prefix}evaluation.sample_prompts[{place}]", prompt, MAX_SAMPLE_PROMPT_CHARACTERS, least=1)
-
-
 async def _find_target(transaction: Transaction, found: Violations, model_id: str, base_model: str) -> Model | None:
     """Find the model that gets another version, if one is named."""
     if not model_id:
         return None
     try:
-        model = await transaction.models.get(model_id, lock=True)
+        model = await transaction.models.get(model_id)
     except NotFound as error:
         found.add("model_id", str(error))
         return None
@@ -267,7 +220,7 @@ async def _find_dataset(transaction: Transaction, found: Violations, field: str,
         return None
 
 
-def _new_model(request: CreateFineTunedModel, base_model: str) -> Model:
+def _new_model(request: CreateFineTunedModel, spec: FineTuneSpec) -> Model:
     now = datetime.now(UTC)
     return Model(
         model_id=new_id(MODEL),
@@ -276,21 +229,22 @@ def _new_model(request: CreateFineTunedModel, base_model: str) -> Model:
         description=request.description,
         labels=dict(request.labels),
         state=ModelState.CREATING,
-        base_model=base_model,
-        technique=(request.technique or LoraTechnique()).family,
+        base_model=spec.base_model,
+        technique=spec.technique.family,
         create_time=now,
         update_time=now,
     )
 
 
-def _new_job(model: Model, spec: FineTuneSpec) -> Job:
+def _new_job(model_id: str, spec: FineTuneSpec, estimate: Estimate | None) -> Job:
     now = datetime.now(UTC)
     return Job(
         job_id=new_id(JOB),
         kind=JobKind.FINE_TUNE,
-        model_id=model.model_id,
+        model_id=model_id,
         state=JobState.QUEUED,
         spec=spec,
         create_time=now,
         update_time=now,
+        estimate=estimate,
     )

@@ -9,6 +9,7 @@ from server.domain.base_models import BASE_MODELS, BaseModel
 from server.domain.catalogue import EMBEDDING_MODELS, EmbeddingModel
 from server.domain.documents import Document
 from server.domain.errors import FailedPrecondition, Unavailable
+from server.domain.estimates import Estimate
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.services.fine_tuning import FineTuning
@@ -81,6 +82,10 @@ class ModelService:
     async def create_fine_tuned_model(self, organization: str, request: CreateFineTunedModel) -> Created:
         """Start a fine-tuning."""
         return await self._fine_tuning.create(organization, request)
+
+    async def estimate_fine_tune(self, organization: str, request: CreateFineTunedModel) -> Estimate:
+        """Say what a fine-tuning would need, without starting it."""
+        return await self._fine_tuning.estimate(organization, request)
 
     async def create_rag_model(self, organization: str, request: CreateRagModel) -> Created:
         """Start building a RAG model."""

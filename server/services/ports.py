@@ -17,6 +17,8 @@ from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, ModelVersion
 from server.domain.orders import DatasetFile, DocumentText
 from server.domain.retrieval import Chunk, RetrievedChunk
+from server.domain.shapes import ModelShape
+from server.domain.specs import FineTuneSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,14 @@ class JobFilter:
     state: JobState | None = None
     kind: JobKind | None = None
     model_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpeed:
+    """How fast a fine-tuning has trained."""
+
+    spec: FineTuneSpec
+    tokens_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +120,9 @@ class Jobs(Protocol):
 
     async def list_checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """List the job's checkpoints, latest step first."""
+
+    async def list_speeds(self, limit: int) -> Sequence[TrainingSpeed]:
+        """Give how fast the latest fine-tunings that succeeded have trained, newest first."""
 
 
 class Datasets(Protocol):
@@ -308,6 +321,9 @@ class BaseModels(Protocol):
 
     def is_present(self, base_model: str) -> bool:
         """Tell whether it can be loaded here now, without the hub."""
+
+    def read_shape(self, base_model: str) -> ModelShape | None:
+        """Give the shape of a model of the catalogue, or of one whose files lie here; None where nothing is known of it yet."""
 
     def canonical_name(self, base_model: str) -> str:
         """Give the hub id or path that an alias stands for; anything else stays."""

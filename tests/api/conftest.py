@@ -18,12 +18,15 @@ from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
 from server.inference.client import EngineClient
 from server.services.datasets import Datasets
-from server.services.fine_tuning import FineTuneDefaults, FineTuning
+from server.services.estimating import Estimator
+from server.services.fine_tuning import FineTuning
 from server.services.inference_service import InferenceService
+from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_answers import RagAnswers
 from server.services.rag_models import RagModels
 from server.services.references import References
+from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
 from server.storage.files import LocalFiles
 from tests.contract.test_contract import DESCRIPTOR_SET
@@ -48,7 +51,13 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     files, source = LocalFiles(tmp_path / "storage"), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
     datasets = Datasets(database, files, MAX_DATASET_BYTES)
-    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3))
+    tuning = FineTuning(
+        database,
+        datasets,
+        source,
+        FineTuneDefaults(16, 1e-3),
+        Estimator(source, Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)),
+    )
     references = References(database, source)
     services = Services(
         models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),

@@ -12,16 +12,20 @@ from server.db.feed import PostgresJobFeed
 from server.domain.specs import ParametersRequest
 from server.inference.client import EngineClient
 from server.services.datasets import Datasets
-from server.services.fine_tuning import FineTuneDefaults, FineTuning
+from server.services.estimating import Estimator
+from server.services.fine_tuning import FineTuning
+from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_models import RagModels
 from server.services.requests import CreateFineTunedModel
+from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
 from server.storage.files import LocalFiles
 
 ORGANIZATION = "default"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+MACHINE = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
 GOOD_LINE = b'{"prompt": "1 + 1 =", "completion": " 2"}\n'
 
 
@@ -53,7 +57,7 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     files, source = LocalFiles(storage), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
     datasets = Datasets(database, files, 10_000)
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
-    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3))
+    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, MACHINE))
     models = ModelService(database, files, engine, source, tuning, RagModels(database, source))
     yield UseCases(models, TrainingService(database, feed, datasets), datasets, storage)
     await feed.close()

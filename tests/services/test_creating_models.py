@@ -46,7 +46,7 @@ async def test_a_fine_tuning_is_stored_with_everything_that_was_left_out_filled_
 
 async def test_every_bad_field_of_a_fine_tuning_is_named_at_once(use_cases: UseCases) -> None:
     request = fine_tune(
-        "ds_unknown", display_name="", base_model="unknown", model_id="mdl_../../etc", eval_fraction=0.9,
+        "ds_unknown", display_name="x" * 201, base_model="unknown", model_id="mdl_../../etc", eval_fraction=0.9,
         technique=LoraTechnique(rank=0, dropout=1.0), parameters=ParametersRequest(learning_rate=math.nan, epochs=1e9), labels={"": "x"},
     )  # fmt: skip
     with pytest.raises(InvalidInput) as refusal:

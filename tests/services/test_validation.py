@@ -7,8 +7,9 @@ import pytest
 from server.domain.errors import InvalidInput
 from server.domain.generation import ChatMessage, GenerationParameters, Role
 from server.domain.retrieval import RetrievalOverrides, SearchMode
-from server.domain.specs import ParametersRequest
-from server.services.fine_tuning import FineTuneDefaults, check_parameters, resolve_parameters
+from server.domain.specs import Objective, ParametersRequest
+from server.domain.techniques import FullTechnique, LoraTechnique, Technique
+from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
 from server.services.validation import Violations, check_generation, check_messages, check_retrieval
 
 
@@ -87,8 +88,26 @@ def test_texts_that_the_database_cannot_keep_are_refused() -> None:
 
 
 def test_what_was_left_out_takes_the_deployments_defaults() -> None:
-    resolved = resolve_parameters(ParametersRequest(), FineTuneDefaults(batch_size=8, learning_rate=3e-4), records=100)
+    resolved = resolve_parameters(ParametersRequest(), FineTuneDefaults(batch_size=8, learning_rate=3e-4), LoraTechnique(), records=100)
     assert (resolved.batch_size, resolved.learning_rate) == (8, 3e-4)
     assert resolved.warmup_steps == 2  # 5 % of 38 steps
-    asked = resolve_parameters(ParametersRequest(batch_size=4, learning_rate=1e-4, seed=0), FineTuneDefaults(8, 3e-4), records=100)
+    chosen = ParametersRequest(batch_size=4, learning_rate=1e-4, seed=0)
+    asked = resolve_parameters(chosen, FineTuneDefaults(8, 3e-4), LoraTechnique(), records=100)
     assert (asked.batch_size, asked.learning_rate) == (4, 1e-4)
+
+
+def test_without_a_deployments_default_the_rate_suits_technique_and_objective() -> None:
+    def rate(technique: Technique, objective: Objective) -> float:
+        return resolve_parameters(ParametersRequest(objective=objective), FineTuneDefaults(8, None), technique, records=100).learning_rate
+
+    assert rate(LoraTechnique(), Objective.SUPERVISED) == 1e-3
+    assert rate(FullTechnique(), Objective.SUPERVISED) < rate(LoraTechnique(), Objective.SUPERVISED)
+    assert rate(LoraTechnique(), Objective.DPO) < rate(LoraTechnique(), Objective.SUPERVISED) / 10
+
+
+def test_preference_pairs_are_trained_by_preference_and_the_best_is_kept_where_it_can_be_known() -> None:
+    defaults = FineTuneDefaults(8, None)
+    pairs = resolve_parameters(ParametersRequest(), defaults, LoraTechnique(), 100, pairs=True, held_out=True)
+    assert (pairs.objective, pairs.keep_best) == (Objective.DPO, True)
+    plain = resolve_parameters(ParametersRequest(), defaults, LoraTechnique(), 100)
+    assert (plain.objective, plain.keep_best) == (Objective.SUPERVISED, False)

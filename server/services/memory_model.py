@@ -1,0 +1,159 @@
+"""How much memory and disk a fine-tuning needs: a sum of its parts, each from the model's shape. Pure arithmetic.
+
+Constants were fitted to peaks measured on SmolLM2 and on tiny models of other families (benchmarks/estimates.py prints both sides).
+"""
+
+from dataclasses import dataclass
+
+from server.domain.shapes import Linear, ModelShape
+from server.domain.specs import TrainingParameters
+from server.domain.techniques import (
+    AdaLora,
+    FullTechnique,
+    Ia3,
+    LayerNormTuning,
+    LoraTechnique,
+    Oft,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    QloraTechnique,
+    Technique,
+    Vera,
+)
+
+HALF_BYTES = 2  # a weight or activation in bf16
+MASTER_BYTES = 4  # a trained parameter in float32
+MOMENTS_BYTES = 8  # AdamW's two, in float32
+# NF4 and FP4: half a byte, and a float32 scale per 64 weights, itself quantised to 8 bits where doubly quantised.
+FOUR_BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+# Python, torch, transformers and peft, as resident memory of an idle child.
+PROCESS_BYTES = 650 << 20
+# Rows of logits that exist at once (training/loss.py), in float32, with their gradient and a temporary.
+LOGIT_ROWS, LOGIT_COPIES = 128, 3
+KEPT_CHECKPOINTS = 3  # the latest two and the best
+TOKEN_DISK_BYTES = 9  # id, flag and weight in the cache
+# Tokens computed at once where the caller does not say (training/loop.py).
+DEFAULT_MICRO_BATCH_TOKENS = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak memory of a job in bytes, by what it is for."""
+
+    process: float
+    weights: float
+    trained: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """The sum: all of it exists at once in the backward pass."""
+        return self.process + self.weights + self.trained + self.activations
+
+
+def estimate_memory(shape: ModelShape, technique: Technique, parameters: TrainingParameters, longest_tokens: int) -> Memory:
+    """Estimate the peak of a training whose longest record has so many tokens."""
+    return Memory(
+        process=PROCESS_BYTES,
+        weights=_weight_bytes(shape, technique),
+        trained=_trained_bytes(shape, technique),
+        activations=_activation_bytes(shape, technique, parameters, longest_tokens),
+    )
+
+
+def count_trained(shape: ModelShape, technique: Technique) -> int:
+    """Count the parameters that are trained."""
+    match technique:
+        case FullTechnique():
+            return shape.parameter_count
+        case LoraTechnique():
+            return _count_lora(shape, shape.select(technique.target_modules), technique.rank, technique.dora)
+        case QloraTechnique():
+            return count_trained(shape, technique.lora)
+        case AdaLora():
+            return _count_lora(shape, shape.linears, technique.initial_rank, False)
+        case PromptTuning():
+            return technique.virtual_tokens * shape.hidden_size
+        case PTuning():
+            width = technique.encoder_hidden_size or shape.hidden_size
+            return technique.virtual_tokens * shape.hidden_size + 2 * shape.hidden_size * width + width * width
+        case PrefixTuning():
+            return technique.virtual_tokens * 2 * shape.layer_count * shape.key_head_count * shape.head_size
+        case Ia3():
+            return shape.layer_count * sum(linear.outputs for linear in shape.linears)
+        case Vera():
+            return shape.layer_count * sum(technique.rank + linear.outputs for linear in shape.linears)
+        case Oft():
+            blocks = sum(linear.inputs for linear in shape.linears) // technique.block_size
+            return shape.layer_count * blocks * technique.block_size * (technique.block_size - 1) // 2
+        case LayerNormTuning():
+            return (2 * shape.layer_count + 1) * shape.hidden_size
+
+
+def _count_lora(shape: ModelShape, linears: tuple[Linear, ...], rank: int, dora: bool) -> int:
+    per_layer = sum(rank * (linear.inputs + linear.outputs) + (linear.outputs if dora else 0) for linear in linears)
+    return shape.layer_count * per_layer
+
+
+def _weight_bytes(shape: ModelShape, technique: Technique) -> float:
+    if isinstance(technique, QloraTechnique):
+        rest = shape.parameter_count - shape.linear_weights
+        widest = max((linear.weights for linear in shape.linears), default=0)
+        # One layer at a time exists de-quantised.
+        return shape.linear_weights * FOUR_BIT_BYTES[technique.double_quantization] + rest * HALF_BYTES + 2 * widest * HALF_BYTES
+    return shape.parameter_count * HALF_BYTES
+
+
+def _trained_bytes(shape: ModelShape, technique: Technique) -> float:
+    trained = count_trained(shape, technique)
+    shared = 0.0
+    if isinstance(technique, Vera):  # the random projections of the widest layer, which all share
+        widest = max(max(linear.inputs, linear.outputs) for linear in shape.linears)
+        shared = 2.0 * technique.rank * widest * MASTER_BYTES
+    return trained * (2 * MASTER_BYTES + MOMENTS_BYTES) + shared
+
+
+def _activation_bytes(shape: ModelShape, technique: Technique, parameters: TrainingParameters, longest_tokens: int) -> float:
+    """What the forward pass keeps for the backward pass, for one micro-batch."""
+    at_once = max(parameters.micro_batch_tokens or DEFAULT_MICRO_BATCH_TOKENS, longest_tokens)
+    at_once = min(at_once, parameters.batch_size * longest_tokens)
+    per_layer = at_once * _token_bytes(shape, longest_tokens) * _unfused_factor(technique)
+    logits = LOGIT_ROWS * shape.vocabulary_size * 4 * LOGIT_COPIES
+    if parameters.gradient_checkpointing:
+        return shape.layer_count * at_once * shape.hidden_size * HALF_BYTES + per_layer + logits
+    return shape.layer_count * per_layer + logits
+
+
+def _token_bytes(shape: ModelShape, longest_tokens: int) -> float:
+    """What one layer keeps per token: inputs of products, what attention and the gate multiply, and the scores of one record."""
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    query, key = shape.head_count * shape.head_size, shape.key_head_count * shape.head_size
+    scores = shape.head_count * min(longest_tokens, 512)
+    return HALF_BYTES * (6 * hidden + 4 * wide + 3 * query + 4 * key + scores)
+
+
+def _unfused_factor(technique: Technique) -> float:
+    """How much more is kept where the adapter goes through peft's own layers instead of the fused ones."""
+    match technique:
+        case LoraTechnique(dropout=0.0, dora=False) | QloraTechnique(lora=LoraTechnique(dropout=0.0, dora=False)):
+            return 1.0
+        case FullTechnique() | PromptTuning() | PTuning() | PrefixTuning() | LayerNormTuning():
+            return 1.3
+        case _:
+            return 2.0
+
+
+def estimate_disk(shape: ModelShape, technique: Technique, tokens: float) -> float:
+    """Estimate the disk that checkpoints, result and token cache take, in bytes."""
+    trained = count_trained(shape, technique)
+    result = shape.parameter_count * HALF_BYTES if isinstance(technique, FullTechnique) else trained * MASTER_BYTES
+    return KEPT_CHECKPOINTS * trained * (MASTER_BYTES + MOMENTS_BYTES) + result + tokens * TOKEN_DISK_BYTES
+
+
+def estimate_flops_per_token(shape: ModelShape, technique: Technique) -> float:
+    """Count floating point operations of a training step per token.
+
+    Two per weight and token forward, two back to the activations, and two more for the gradient of a weight that is trained.
+    """
+    return shape.matrix_weights * (6.0 if isinstance(technique, FullTechnique) else 4.0)
