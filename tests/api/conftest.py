@@ -51,13 +51,8 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     files, source = LocalFiles(tmp_path / "storage"), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
     datasets = Datasets(database, files, MAX_DATASET_BYTES)
-    tuning = FineTuning(
-        database,
-        datasets,
-        source,
-        FineTuneDefaults(16, 1e-3),
-        Estimator(source, Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)),
-    )
+    machine = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
+    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine))
     references = References(database, source)
     services = Services(
         models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),

@@ -25,6 +25,7 @@ PROMISED = (
     ("delete", "/models/{model_id}", "ModelService.DeleteModel"),
     ("post", "/models/fine-tune", "ModelService.CreateFineTunedModel"),
     ("post", "/models/rag", "ModelService.CreateRagModel"),
+    ("post", "/models/fine-tune/estimate", "ModelService.EstimateFineTune"),
     ("get", "/training-jobs", "TrainingService.ListTrainingJobs"),
     ("get", "/training-jobs/{job_id}", "TrainingService.GetTrainingJob"),
     ("post", "/training-jobs/{job_id}/cancel", "TrainingService.CancelTrainingJob"),
@@ -47,6 +48,9 @@ PROMISED = (
     ("post", "/rag/inference/stream", "InferenceService.StreamRagGenerate"),
     ("post", "/rag/retrieve", "InferenceService.Retrieve"),
 )
+
+# What the body of a request is, where it is not the whole message.
+BODIES = {"TrainingService.UploadDataset": "data", "ModelService.EstimateFineTune": "fine_tune"}
 
 # Which RPCs stream: (from the client, to the client).
 STREAMS = {
@@ -94,7 +98,7 @@ def test_what_is_sent_is_the_whole_body(verb: str) -> None:
     for name, method in read_methods():
         rule = read_rule(method)
         if rule.WhichOneof("pattern") == verb:
-            assert rule.body == ("data" if name == "TrainingService.UploadDataset" else "*"), name
+            assert rule.body == BODIES.get(name, "*"), name
 
 
 def test_only_the_long_answers_and_the_upload_stream() -> None:
