@@ -1,7 +1,7 @@
 """Which records a step trains and how they lie in micro-batches: functions of seed and step alone, so resuming needs but a number."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -52,7 +52,8 @@ def _shuffle(record_count: int, seed: int, epoch: int) -> np.ndarray[tuple[int],
 class MicroBatch:
     """Records laid end to end, without padding. T tokens, N of them trained.
 
-    `predictors` [N] are the places whose hidden state predicts `targets` [N]; `lengths` sums to T.
+    `predictors` [N] are the places whose hidden state predicts `targets` [N], each of which counts `weights` [N] times and belongs to
+    the batch's sequence number `sequences` [N]; `lengths` sums to T.
     """
 
     token_ids: torch.Tensor  # [T] int64
@@ -60,6 +61,8 @@ class MicroBatch:
     lengths: tuple[int, ...]
     predictors: torch.Tensor  # [N] int64
     targets: torch.Tensor  # [N] int64
+    weights: torch.Tensor  # [N] float32
+    sequences: torch.Tensor  # [N] int64
 
     @property
     def token_count(self) -> int:
@@ -73,9 +76,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Give the same batch on a device."""
-        return MicroBatch(
-            self.token_ids.to(device), self.positions.to(device), self.lengths, self.predictors.to(device), self.targets.to(device)
-        )
+        moved = {
+            name: getattr(self, name).to(device) for name in ("token_ids", "positions", "predictors", "targets", "weights", "sequences")
+        }
+        return replace(self, **moved)
 
 
 def make_micro_batch(records: TokenizedRecords, indices: Sequence[int]) -> MicroBatch:
@@ -90,6 +94,8 @@ def make_micro_batch(records: TokenizedRecords, indices: Sequence[int]) -> Micro
         lengths=tuple(len(part) for part in ids),
         predictors=torch.from_numpy(trained - 1),
         targets=torch.from_numpy(token_ids[trained]),
+        weights=torch.ones(len(trained)),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(part) for part in ids])[trained]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Cross entropy at trained positions only, a few of them at a time: logits [T, V] never exist as a whole.
+"""Cross entropy at trained positions only, a few of them at a time: logits [N, V] never exist as a whole.
 
 For SmolLM2 (V = 49,152) the logits of 1,024 tokens would take 200 MB in float32, and their gradient as much again.
 """
@@ -15,43 +15,102 @@ from server.training.autograd import apply_function
 
 # Rows of logits at once: 128 rows of 49,152 float32 numbers are 25 MB, which still fits into a server's last cache.
 CHUNK_ROWS = 128
+# Where the head itself is trained its gradient [V, D] is added to once per chunk: fewer, larger chunks.
+CHUNK_ROWS_FOR_TRAINED_HEAD = 512
 
 
-class _ChunkedCrossEntropy(Function):
-    """Sum of cross entropies; computes the gradient in the forward pass, while each chunk's logits are at hand."""
+class _SummedCrossEntropy(Function):
+    """Weighted sum of cross entropies; computes the gradient in the forward pass, while each chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, rows: int) -> torch.Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        gradients = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        gradient_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         for start in range(0, len(targets_N), rows):
-            hidden, targets = hidden_ND[start : start + rows], targets_N[start : start + rows, None]
-            logits = (hidden @ weight_VD.t()).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += (log_sum - logits.gather(1, targets)).sum()
-            if gradient_ND is None and gradient_VD is None:
-                continue
-            # d loss / d logits = softmax - one-hot
-            error = logits.sub_(log_sum).exp_()
-            error.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=error.dtype))
-            error = error.to(weight_VD.dtype)
-            if gradient_ND is not None:
-                torch.mm(error, weight_VD, out=gradient_ND[start : start + rows])
-            if gradient_VD is not None:
-                gradient_VD += error.t() @ hidden
-        ctx.gradient_ND, ctx.gradient_VD, ctx.weight_dtype = gradient_ND, gradient_VD, weight_VD.dtype
+            part = slice(start, start + rows)
+            logits, losses, log_sum = _losses(hidden_ND[part], weight_VD, targets_N[part])
+            loss += (losses * weights_N[part]).sum()
+            gradients.add(part, logits, log_sum, targets_N[part], weights_N[part])
+        ctx.gradients = gradients
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale = upstream[0]
-        hidden = None if ctx.gradient_ND is None else ctx.gradient_ND * scale.to(ctx.gradient_ND.dtype)
-        weight = None if ctx.gradient_VD is None else (ctx.gradient_VD * scale).to(ctx.weight_dtype)
-        return hidden, weight, None, None
+        return *ctx.gradients.give(upstream[0]), None, None, None
 
 
-def sum_cross_entropy(hidden_ND: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, rows: int = CHUNK_ROWS) -> torch.Tensor:
-    """Give the summed cross entropy (nats, float32 scalar) of N hidden states through an output head without bias."""
-    return apply_function(_ChunkedCrossEntropy, hidden_ND, head.weight, targets_N, rows)
+class _TokenCrossEntropies(Function):
+    """Cross entropy of each token; computes the logits again for the gradient, which needs the upstream one of each token."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        ctx.rows = rows
+        parts = [slice(start, start + rows) for start in range(0, len(targets_N), rows)]
+        empty = hidden_ND.new_zeros(0, dtype=torch.float32)
+        return torch.cat([empty, *(_losses(hidden_ND[part], weight_VD, targets_N[part])[1] for part in parts)])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        gradients = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad)
+        for start in range(0, len(targets_N), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits, _, log_sum = _losses(hidden_ND[part], weight_VD, targets_N[part])
+            gradients.add(part, logits, log_sum, targets_N[part], upstream[0][part])
+        return *gradients.give(None), None, None
+
+
+def _losses(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give logits [N, V], losses [N] and the logarithms of the sums [N, 1], all float32."""
+    logits = (hidden_ND @ weight_VD.t()).float()
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    return logits, (log_sum - logits.gather(1, targets_N[:, None]))[:, 0], log_sum
+
+
+class _Gradients:
+    """The gradients by hidden states and by the head's weight, added up chunk by chunk; only those that are wanted."""
+
+    def __init__(self, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, wanted: tuple[bool, ...]) -> None:
+        self._hidden_ND, self._weight_VD = hidden_ND.detach(), weight_VD.detach()
+        self._by_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
+        self._by_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+
+    def add(self, part: slice, logits: torch.Tensor, log_sum: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor) -> None:
+        """Add a chunk, each of whose losses counts `weights_N` times. Uses up the logits."""
+        if self._by_hidden is None and self._by_weight is None:
+            return
+        # d loss / d logits = softmax - one-hot
+        error = logits.sub_(log_sum).exp_()
+        error.scatter_add_(1, targets_N[:, None], torch.full_like(targets_N[:, None], -1, dtype=error.dtype))
+        error = error.mul_(weights_N[:, None]).to(self._weight_VD.dtype)
+        if self._by_hidden is not None:
+            torch.mm(error, self._weight_VD, out=self._by_hidden[part])
+        if self._by_weight is not None:
+            self._by_weight += error.t() @ self._hidden_ND[part]
+
+    def give(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Give both in the types of what they belong to, times `scale`."""
+        hidden, weight = self._by_hidden, self._by_weight
+        if scale is not None:
+            hidden = None if hidden is None else hidden * scale.to(hidden.dtype)
+            weight = None if weight is None else weight * scale
+        return hidden, None if weight is None else weight.to(self._weight_VD.dtype)
+
+
+def sum_cross_entropy(
+    hidden_ND: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, weights_N: torch.Tensor, rows: int | None = None
+) -> torch.Tensor:
+    """Give the weighted sum of cross entropies (nats, float32 scalar) of N hidden states through an output head without bias."""
+    return apply_function(_SummedCrossEntropy, hidden_ND, head.weight, targets_N, weights_N, rows or _rows(head))
+
+
+def token_cross_entropies(hidden_ND: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """Give the cross entropies [N] (nats, float32) of N hidden states through an output head without bias."""
+    return apply_function(_TokenCrossEntropies, hidden_ND, head.weight, targets_N, rows or _rows(head))
+
+
+def _rows(head: nn.Linear) -> int:
+    return CHUNK_ROWS_FOR_TRAINED_HEAD if head.weight.requires_grad else CHUNK_ROWS

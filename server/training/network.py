@@ -1,4 +1,6 @@
-"""The model as the loop sees it: a micro-batch in, a summed loss out, by the fastest way that gives the model's own numbers."""
+"""The model as the loop sees it: a micro-batch in, losses out, by the fastest way that gives the model's own numbers."""
+
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 from server.training.attention import PACKED_ATTENTION, UnsupportedAttention, register_packed_attention
 from server.training.batches import MicroBatch
 from server.training.fused import fuse
-from server.training.loss import sum_cross_entropy
+from server.training.loss import sum_cross_entropy, token_cross_entropies
 
 # Lengths of the made-up records by which a model is tried: both ways must give the same logits.
 PROBE_LENGTHS = (7, 12, 9)
@@ -19,10 +21,10 @@ PROBE_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e
 
 
 class Network:
-    """A causal language model with adapters. Records lie end to end where the architecture allows it, else each runs alone."""
+    """A causal language model, whole or with adapters. Records lie end to end where the architecture allows it, else each runs alone."""
 
-    def __init__(self, model: PeftModel) -> None:
-        causal = model.get_base_model()
+    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
+        causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
         self.model = model
         self._causal = causal
@@ -31,12 +33,19 @@ class Network:
         self._try_packing()
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
-        """Give the cross entropy summed over the batch's trained tokens (nats, float32 scalar)."""
-        return self._sum_packed(batch) if self.packed else self._sum_one_by_one(batch)
+        """Give the cross entropy summed over the batch's trained tokens, each times its weight (nats, float32 scalar)."""
+        if self.packed:
+            return sum_cross_entropy(self._hide_packed(batch), self._head(), batch.targets, batch.weights)
+        return (self.token_losses(batch) * batch.weights).sum()
 
-    def _head(self) -> nn.Module | None:
-        head: nn.Module | None = self._causal.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        return head
+    def token_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """Give the cross entropy of each trained token (nats, [N] float32), unweighted, to be differentiated in any way."""
+        if self.packed:
+            return token_cross_entropies(self._hide_packed(batch), self._head(), batch.targets)
+        return cross_entropy(self._logits_one_by_one(batch).float(), batch.targets, reduction="none")
+
+    def _head(self) -> nn.Linear:
+        return cast(nn.Linear, self._causal.get_output_embeddings())  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     def _hide_packed(self, batch: MicroBatch) -> torch.Tensor:
         """Give the last hidden states at the predictors, [N, D]. The lengths go through to the attention function."""
@@ -45,11 +54,6 @@ class Network:
         )
         hidden: torch.Tensor = outputs.last_hidden_state[0, batch.predictors]
         return hidden
-
-    def _sum_packed(self, batch: MicroBatch) -> torch.Tensor:
-        head = self._head()
-        assert isinstance(head, nn.Linear)
-        return sum_cross_entropy(self._hide_packed(batch), head, batch.targets)
 
     def _logits_one_by_one(self, batch: MicroBatch) -> torch.Tensor:
         """Give the logits at the predictors, [N, V], by the model's own forward pass over one record after the other."""
@@ -61,9 +65,6 @@ class Network:
                 parts.append(self._causal(input_ids=ids, use_cache=False, logits_to_keep=inside - start).logits[0])
             start += length
         return torch.cat(parts)
-
-    def _sum_one_by_one(self, batch: MicroBatch) -> torch.Tensor:
-        return cross_entropy(self._logits_one_by_one(batch).float(), batch.targets, reduction="sum")
 
     def _try_packing(self) -> None:
         """Turn packing on where it gives the model's own logits; a model that it does not fit keeps its own forward pass."""
@@ -96,5 +97,13 @@ def _make_probe(vocabulary: int, device: torch.device) -> MicroBatch:
     token_ids = (torch.arange(1, total + 1) * 7919) % vocabulary
     positions = torch.cat([torch.arange(length) for length in PROBE_LENGTHS])
     trained = torch.nonzero(positions)[:, 0]
-    batch = MicroBatch(token_ids, positions, PROBE_LENGTHS, trained - 1, token_ids[trained])
+    batch = MicroBatch(
+        token_ids=token_ids,
+        positions=positions,
+        lengths=PROBE_LENGTHS,
+        predictors=trained - 1,
+        targets=token_ids[trained],
+        weights=torch.ones(len(trained)),
+        sequences=torch.repeat_interleave(torch.tensor(PROBE_LENGTHS))[trained],
+    )
     return batch.to(device)

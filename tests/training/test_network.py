@@ -1,6 +1,7 @@
 """The fast ways through a model give the model's own numbers: packed records, fused layers, chunked losses."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from server.training.adapters import add_lora, trainable_parameters
 from server.training.attention import MAX_EXPLICIT_TOKENS, attend_packed, attend_record
 from server.training.batches import MicroBatch, make_micro_batch
 from server.training.data import TokenizedRecords
-from server.training.loss import sum_cross_entropy
+from server.training.loss import sum_cross_entropy, token_cross_entropies
 from server.training.network import Network
 from tests.tiny_models import FAMILIES, build_tiny_causal_model
 
@@ -164,19 +165,41 @@ def test_records_that_lie_end_to_end_do_not_see_each_other() -> None:
     assert not torch.equal(before[:, :12], after[:, :12])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 100])
-def test_the_chunked_loss_is_the_cross_entropy(rows: int) -> None:
+def make_head_inputs() -> tuple[torch.Tensor, nn.Linear, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(7, 16, requires_grad=True)
-    head = nn.Linear(16, 50, bias=False)
-    targets = torch.randint(50, (7,))
-    expected = cross_entropy(head(hidden), targets, reduction="sum")
-    got = sum_cross_entropy(hidden, head, targets, rows)
-    torch.testing.assert_close(got, expected)
-    for mine, theirs in zip(
-        torch.autograd.grad(got * 0.5, (hidden, head.weight)), torch.autograd.grad(expected * 0.5, (hidden, head.weight)), strict=True
-    ):
+    return hidden, nn.Linear(16, 50, bias=False), torch.randint(50, (7,)), torch.rand(7)
+
+
+def assert_same_gradients(got: torch.Tensor, expected: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
+    for mine, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_chunked_loss_is_the_weighted_cross_entropy(rows: int) -> None:
+    hidden, head, targets, weights = make_head_inputs()
+    expected = (cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
+    got = sum_cross_entropy(hidden, head, targets, weights, rows)
+    torch.testing.assert_close(got, expected)
+    assert_same_gradients(got * 0.5, expected * 0.5, (hidden, head.weight))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_losses_of_tokens_take_any_upstream_gradient(rows: int) -> None:
+    hidden, head, targets, weights = make_head_inputs()
+    expected = cross_entropy(head(hidden), targets, reduction="none")
+    got = token_cross_entropies(hidden, head, targets, rows)
+    torch.testing.assert_close(got, expected)
+    assert_same_gradients(torch.sigmoid(got @ weights), torch.sigmoid(expected @ weights), (hidden, head.weight))
+
+
+def test_weights_and_losses_of_tokens_agree_with_the_sum(network: Network) -> None:
+    batch = make_micro_batch(make_records(vocabulary_of(network)), range(8))
+    weights = torch.linspace(0.1, 2.0, batch.trained_count)
+    weighted = network.sum_loss(replace(batch, weights=weights))
+    torch.testing.assert_close(weighted, (network.token_losses(batch) * weights).sum(), rtol=1e-5, atol=1e-4)
+    assert not torch.isclose(weighted, network.sum_loss(batch))
 
 
 def test_layers_that_do_not_exist_are_a_failure_with_advice(tmp_path: Path) -> None:
