@@ -4,7 +4,6 @@ Written aside and renamed under a file lock: processes that race get the same fi
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from server.basemodels.errors import BaseModelUnavailable
 from server.basemodels.loading import set_distinct_pad_token
-from server.basemodels.packaged import PackagedModel, hash_file
+from server.basemodels.packaged import PackagedModel
+from server.diskfiles import flush, hash_file
 
 CONVERSION_VERSION = 1  # raise it when the conversion writes something else: a cache of the old form is then left alone
 SEAL_NAME = "conversion.json"
@@ -61,20 +61,12 @@ def written_aside(directory: Path) -> Iterator[Path]:
         seal = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
         (aside / SEAL_NAME).write_text(json.dumps(seal, indent=1))
         for path in (*aside.iterdir(), aside):
-            _flush(path)
+            flush(path)
         aside.chmod(DIRECTORY_MODE)
         aside.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_converted(gguf: Path, directory: Path, base_model: str) -> None:

@@ -3,15 +3,13 @@
 The packages are never imported: only their files are used.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from server.basemodels.errors import BaseModelUnavailable
-
-HASH_BLOCK_BYTES = 1 << 20
+from server.diskfiles import hash_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +73,3 @@ PACKAGED_MODELS: Mapping[str, PackagedModel] = {
         ),
     )
 }
-
-
-def hash_file(path: Path) -> str:
-    """Give the SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
