@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from server.domain.catalogue import find_base_model
 from server.domain.datasets import Dataset, RecordKind
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.estimates import Estimate
@@ -85,7 +86,8 @@ class FineTuning:
     async def estimate(self, organization: str, request: CreateFineTunedModel) -> Estimate:
         """Say what a fine-tuning would need. Raises InvalidInput, FailedPrecondition (NO_ESTIMATE) for a base model never seen here."""
         named = request if request.display_name or request.model_id else replace(request, display_name="Estimate")
-        plan = await self._plan(organization, named)
+        known = find_base_model(request.base_model)
+        plan = await self._plan(organization, named, must_load=known is None)
         if plan.estimate is None:
             raise FailedPrecondition(
                 f"Nothing is known of {plan.spec.base_model} before its files are here: ask it once, or choose a model of the catalogue.",
@@ -93,12 +95,12 @@ class FineTuning:
             )
         return plan.estimate
 
-    async def _plan(self, organization: str, request: CreateFineTunedModel) -> _Plan:
-        """Check everything and fill in what was left out; stores nothing."""
+    async def _plan(self, organization: str, request: CreateFineTunedModel, *, must_load: bool = True) -> _Plan:
+        """Check everything and fill in what was left out; stores nothing. `must_load`: the base model must be loadable here now."""
         found = Violations()
         _check_plain(found, request)
         base_model = self._base_models.canonical_name(request.base_model)
-        if base_model or not request.model_id:
+        if must_load and (base_model or not request.model_id):
             # May ask the hub, so it stands before the transaction.
             await check_base_model(self._base_models, found, "base_model", base_model)
         async with self._database.transaction(organization) as transaction:

@@ -71,7 +71,8 @@ def call_rest(url: str, method: str, request: dict[str, Any]) -> Refusal | httpx
     verb = rule.WhichOneof("pattern")
     rest = dict(request)
     path = re.sub(r"\{(\w+)\}", lambda match: quote(str(rest.pop(match[1])), safe=""), getattr(rule, verb))
-    body: dict[str, Any] = {"json": rest} if rule.body else {"params": rest}
+    sent = rest.get(rule.body, rest)
+    body: dict[str, Any] = {"json": sent} if rule.body else {"params": rest}
     response = httpx.request(verb.upper(), url + path, **body, timeout=60)
     if response.is_success:
         return response
