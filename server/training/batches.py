@@ -1,6 +1,6 @@
 """Which records a step trains and how they lie in micro-batches: functions of seed and step alone, so resuming needs but a number."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -50,19 +50,19 @@ def _shuffle(record_count: int, seed: int, epoch: int) -> np.ndarray[tuple[int],
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Records laid end to end, without padding. T tokens, N of them trained.
+    """Sequences laid end to end, without padding: T tokens, S sequences, N trained tokens.
 
-    `predictors` [N] are the places whose hidden state predicts `targets` [N], each of which counts `weights` [N] times and belongs to
-    the batch's sequence number `sequences` [N]; `lengths` sums to T.
+    `predictors` [N] are the places whose hidden state predicts `targets` [N]; `lengths` sums to T.
     """
 
     token_ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64, from 0 in each record
-    lengths: tuple[int, ...]
+    positions: torch.Tensor  # [T] int64, from 0 in each sequence
+    lengths: tuple[int, ...]  # S of them
     predictors: torch.Tensor  # [N] int64
     targets: torch.Tensor  # [N] int64
-    weights: torch.Tensor  # [N] float32
-    sequences: torch.Tensor  # [N] int64
+    weights: torch.Tensor  # [N] float32, what each target counts
+    sequences: torch.Tensor  # [N] int64, the sequence of each target, from 0
+    reference: torch.Tensor | None = None  # [S] float32, the starting model's log-probability of each sequence
 
     @property
     def token_count(self) -> int:
@@ -76,39 +76,75 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Give the same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device) for name in ("token_ids", "positions", "predictors", "targets", "weights", "sequences")
-        }
+        if self.token_ids.device == device:
+            return self
+        moved = {name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), torch.Tensor)}
         return replace(self, **moved)
 
 
-def make_micro_batch(records: TokenizedRecords, indices: Sequence[int]) -> MicroBatch:
-    """Lay records end to end."""
-    ids = [records.token_ids(index) for index in indices]
-    masks = [records.trained_mask(index) for index in indices]
+def make_micro_batch(records: TokenizedRecords, indices: Sequence[int], reference: torch.Tensor | None = None) -> MicroBatch:
+    """Lay the sequences of records end to end. `reference` holds a number for each sequence of all records."""
+    sequences = [sequence for index in indices for sequence in records.sequences_of(index)]
+    ids = [records.token_ids(sequence) for sequence in sequences]
     token_ids = np.concatenate(ids).astype(np.int64)
-    trained = np.flatnonzero(np.concatenate(masks))
+    lengths = np.array([len(part) for part in ids])
+    starts = np.cumsum(lengths) - lengths
+    trained = np.flatnonzero(np.concatenate([records.trained_mask(sequence) for sequence in sequences]))
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids),
-        positions=torch.from_numpy(np.concatenate([np.arange(len(part), dtype=np.int64) for part in ids])),
-        lengths=tuple(len(part) for part in ids),
+        positions=torch.from_numpy(np.arange(len(token_ids)) - np.repeat(starts, lengths)),
+        lengths=tuple(lengths.tolist()),
         predictors=torch.from_numpy(trained - 1),
         targets=torch.from_numpy(token_ids[trained]),
-        weights=torch.ones(len(trained)),
-        sequences=torch.from_numpy(np.repeat(np.arange(len(ids)), [len(part) for part in ids])[trained]),
+        weights=torch.from_numpy(np.concatenate([records.weights(sequence) for sequence in sequences])[trained]),
+        sequences=torch.from_numpy(np.searchsorted(starts, trained, side="right") - 1),
+        reference=reference[sequences] if reference is not None else None,
     )
 
 
-def split_micro_batches(records: TokenizedRecords, indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def split_micro_batches(records: TokenizedRecords, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
     """Cut a step's records, longest first, into groups of similar length with at most `max_tokens` tokens, padding included.
 
     Longest first: what does not fit into memory fails at once. A record longer than `max_tokens` stands alone.
     """
     group: list[int] = []
-    for index in sorted(indices, key=lambda index: -records.length(index)):
-        if group and (len(group) + 1) * records.length(group[0]) > max_tokens:
+    widest = 0  # tokens of the group's first record, had all its sequences the length of the longest
+    for index in sorted(indices, key=lambda index: -_width(records, index)):
+        if group and (len(group) + 1) * widest > max_tokens:
             yield group
             group = []
+        if not group:
+            widest = _width(records, index)
         group.append(index)
     if group:
         yield group
+
+
+def _width(records: TokenizedRecords, index: int) -> int:
+    return records.sequences_per_record * max(records.length(sequence) for sequence in records.sequences_of(index))
+
+
+def find_heaviest_groups(records: TokenizedRecords, batch_size: int, max_tokens: int) -> list[list[int]]:
+    """Give the micro-batches by which memory is tried: the one of the longest record, and the one with the most tokens if another."""
+    groups = [group[:batch_size] for group in split_micro_batches(records, range(len(records)), max_tokens)]
+    fullest = max(groups, key=lambda group: sum(records.length(sequence) for index in group for sequence in records.sequences_of(index)))
+    return groups[:1] if fullest == groups[0] else [groups[0], fullest]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Records to learn from or to evaluate, with the starting model's log-probability of each of their sequences where one is needed."""
+
+    records: TokenizedRecords
+    reference: torch.Tensor | None = None  # float32, one per sequence, in their order
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def split(self, indices: Iterable[int], max_tokens: int) -> Iterator[list[int]]:
+        """Cut records into the groups of micro-batches."""
+        return split_micro_batches(self.records, indices, max_tokens)
+
+    def lay_out(self, group: Sequence[int]) -> MicroBatch:
+        """Make a group's micro-batch."""
+        return make_micro_batch(self.records, group, self.reference)

@@ -1,7 +1,7 @@
 """A dataset file to token arrays: the same records that the upload accepted, rendered as they will be served."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,46 +19,59 @@ MAX_SHOWN_LINES = 5
 
 TokenIds = np.ndarray[tuple[int], np.dtype[np.int32]]
 TrainedMask = np.ndarray[tuple[int], np.dtype[np.bool_]]
+Weights = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
 class TokenizedRecords:
-    """Records as token ids with one flag per token, held flat: 5 bytes per token, whatever the number of records."""
+    """Records as sequences of token ids with one weight per token, held flat: 8 bytes per token, whatever the number of records.
 
-    def __init__(self) -> None:
+    A record is one sequence, or two: the chosen and the rejected one of a preference pair.
+    """
+
+    def __init__(self, sequences_per_record: int = 1) -> None:
+        self.sequences_per_record = sequences_per_record
         self._ids = array("i")
-        self._trained = bytearray()
+        self._weights = array("f")
         self._starts = array("q", [0])
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return (len(self._starts) - 1) // self.sequences_per_record
 
-    def append(self, token_ids: list[int], trained_mask: tuple[bool, ...]) -> None:
-        """Add a record."""
+    def append(self, token_ids: Sequence[int], weights: Sequence[float]) -> None:
+        """Add a sequence; a weight of 0 leaves its token untrained."""
         self._ids.extend(token_ids)
-        self._trained.extend(trained_mask)
+        self._weights.extend(weights)
         self._starts.append(len(self._ids))
 
-    def length(self, index: int) -> int:
-        """Give a record's length in tokens."""
-        return self._starts[index + 1] - self._starts[index]
+    def sequences_of(self, record: int) -> range:
+        """Give the numbers of a record's sequences."""
+        return range(record * self.sequences_per_record, (record + 1) * self.sequences_per_record)
 
-    def token_ids(self, index: int) -> TokenIds:
-        """Give a record's token ids."""
-        return np.array(self._ids[self._starts[index] : self._starts[index + 1]], dtype=np.int32)
+    def length(self, sequence: int) -> int:
+        """Give a sequence's length in tokens."""
+        return self._starts[sequence + 1] - self._starts[sequence]
 
-    def trained_mask(self, index: int) -> TrainedMask:
-        """Give a record's flags. The first token has no predecessor to be predicted from and is never trained."""
-        mask = np.array(self._trained[self._starts[index] : self._starts[index + 1]], dtype=np.bool_)
-        mask[0] = False
-        return mask
+    def token_ids(self, sequence: int) -> TokenIds:
+        """Give a sequence's token ids."""
+        return np.array(self._ids[self._starts[sequence] : self._starts[sequence + 1]], dtype=np.int32)
 
-    def select(self, indices: list[int]) -> "TokenizedRecords":
+    def weights(self, sequence: int) -> Weights:
+        """Give what each token counts. The first one has no predecessor to be predicted from and is never trained."""
+        weights = np.array(self._weights[self._starts[sequence] : self._starts[sequence + 1]], dtype=np.float32)
+        weights[0] = 0.0
+        return weights
+
+    def trained_mask(self, sequence: int) -> TrainedMask:
+        """Tell which tokens of a sequence are trained."""
+        return self.weights(sequence) > 0.0
+
+    def select(self, records: Sequence[int]) -> "TokenizedRecords":
         """Give a copy with only these records."""
-        chosen = TokenizedRecords()
-        for index in indices:
-            start, end = self._starts[index], self._starts[index + 1]
+        chosen = TokenizedRecords(self.sequences_per_record)
+        for sequence in (sequence for record in records for sequence in self.sequences_of(record)):
+            start, end = self._starts[sequence], self._starts[sequence + 1]
             chosen._ids.extend(self._ids[start:end])
-            chosen._trained.extend(self._trained[start:end])
+            chosen._weights.extend(self._weights[start:end])
             chosen._starts.append(len(chosen._ids))
         return chosen
 
