@@ -20,7 +20,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from server.api.server import ApiServer
     from server.basemodels.sources import BaseModelSource
-    from server.childprocess import Emit, ShouldStop
+    from server.childprocess import Emit, Signals
     from server.domain.orders import Order
     from server.inference.client import EngineClient
     from server.rag.embedding import Embedder
@@ -195,16 +195,16 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     _prepare_torch(settings)
     source = _make_source(settings)
 
-    def work(order: "Order", emit: "Emit", should_stop: "ShouldStop") -> None:
+    def work(order: "Order", emit: "Emit", signals: "Signals") -> None:
         if isinstance(order, FineTuneOrder) and role == "train":
             from server.training.run import run_fine_tune
 
-            run_fine_tune(order, ArtefactStore(settings.storage_path), source, emit, should_stop)
+            run_fine_tune(order, ArtefactStore(settings.storage_path), source, emit, signals.should_stop)
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index
 
-            run_index(order, settings.storage_path, Embedder(lambda name: source.resolve(name).directory), emit, should_stop)
+            run_index(order, settings.storage_path, Embedder(lambda name: source.resolve(name).directory), emit, signals.should_stop)
         else:
             raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 

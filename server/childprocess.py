@@ -1,4 +1,4 @@
-"""The child's side of a job: reads its order from standard input, writes events to a pipe, stops when told and never outlives its worker.
+"""The child's side of a job: reads its order from standard input, writes events to a pipe, stops or pauses when told, never outlives its worker.
 
 Knows no database and no torch; the work itself is passed in.
 """
@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from server.domain.events import ChildEvent, Failed
 from server.domain.jobs import FailureReason, JobFailure
@@ -19,10 +20,22 @@ from server.domain.orders import Order
 from server.services.codec import CHILD_EVENT, ORDER
 
 Emit = Callable[[ChildEvent], None]
-ShouldStop = Callable[[], bool]
-Work = Callable[[Order, Emit, ShouldStop], None]
 
-EXIT_DONE = 0  # the work ended: with its result, with a Failed event, or because it was told to stop
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the worker wants of the work, asked between two steps of it.
+
+    `should_stop` (SIGTERM): end soon, save nothing. `should_pause` (SIGUSR1): save the state, emit CheckpointSaved and Paused, and end.
+    """
+
+    should_stop: Callable[[], bool]
+    should_pause: Callable[[], bool]
+
+
+Work = Callable[[Order, Emit, Signals], None]
+
+EXIT_DONE = 0  # the work ended: with its result, with a Failed event, or because it was told to stop or to pause
 EXIT_CRASHED = 1  # something unforeseen: the worker lets the job be tried again
 EXIT_ORPHANED = 75  # the worker is gone
 
@@ -41,20 +54,22 @@ def run_child(work: Work, events_fd: int) -> int:
     faulthandler.enable()
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         return EXIT_CRASHED
-    stop = threading.Event()
+    stop, pause = threading.Event(), threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stop.set())
+    # Before this line SIGUSR1 kills: a process that has not begun has nothing to save.
+    signal.signal(signal.SIGUSR1, lambda _number, _frame: pause.set())
     # A Ctrl-C in a terminal is for the worker, which then says what happens to its children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = _read_line()
     if line is None:
         return EXIT_ORPHANED
     threading.Thread(target=_exit_at_end_of_input, name="worker-watch", daemon=True).start()
-    return _do_work(work, ORDER.decode(line), _EventWriter(events_fd), stop.is_set)
+    return _do_work(work, ORDER.decode(line), _EventWriter(events_fd), Signals(stop.is_set, pause.is_set))
 
 
-def _do_work(work: Work, order: Order, emit: Emit, should_stop: ShouldStop) -> int:
+def _do_work(work: Work, order: Order, emit: Emit, signals: Signals) -> int:
     try:
-        work(order, emit, should_stop)
+        work(order, emit, signals)
     except Exception as error:
         traceback.print_exc()
         failure = explain_failure(error)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from server.childprocess import EXIT_CRASHED, EXIT_ORPHANED, explain_failure
-from server.domain.events import Failed, Warned
+from server.domain.events import Failed, Paused, Warned
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.orders import IndexOrder
 from server.domain.specs import IndexSpec
@@ -25,16 +25,19 @@ ORDER_LINE = ORDER.encode(IndexOrder("job_1", 1, IndexSpec("e"), "documents", 0)
 PROGRAM = """
 import os, sys, threading, time
 from server.childprocess import run_child
-from server.domain.events import Warned
+from server.domain.events import Paused, Warned
 from server.domain.jobs import FailureReason, JobFailure
 
-def work(order, emit, should_stop):
+def work(order, emit, signals):
     emit(Warned("STARTED", order.job_id))
     {body}
 
 sys.exit(run_child(work, int(sys.argv[1])))
 """
-WAIT = "while not should_stop(): time.sleep(0.01)\n    emit(Warned('STOPPED', ''))"
+WAIT = "while not signals.should_stop(): time.sleep(0.01)\n    emit(Warned('STOPPED', ''))"
+WAIT_FOR_PAUSE = (
+    "while not signals.should_pause(): time.sleep(0.01)\n    emit(Paused() if not signals.should_stop() else Warned('STOPPED', ''))"
+)
 IGNORE = "time.sleep(1000)"
 
 
@@ -81,6 +84,14 @@ def test_events_arrive_at_once_and_sigterm_asks_the_work_to_stop(children: list[
     assert _read(child) == Warned("STARTED", "job_1")
     child.process.send_signal(signal.SIGTERM)
     assert _read(child) == Warned("STOPPED", "")
+    assert child.process.wait(10) == 0
+
+
+def test_sigusr1_asks_the_work_to_pause_and_not_to_stop(children: list[_Child]) -> None:
+    child = _start(children, WAIT_FOR_PAUSE)
+    _read(child)
+    child.process.send_signal(signal.SIGUSR1)
+    assert _read(child) == Paused()
     assert child.process.wait(10) == 0
 
 

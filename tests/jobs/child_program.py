@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.childprocess import Emit, ShouldStop, run_child
+from server.childprocess import Emit, Signals, run_child
 from server.domain.events import CheckpointSaved, DocumentIndexed, Evaluated, Finalizing, ResultReady, Started, StepDone
 from server.domain.ids import CHUNK, new_id
 from server.domain.jobs import FailureReason, JobFailure
@@ -42,11 +42,12 @@ class Script:
 
 
 class _Performance:
-    def __init__(self, storage: Path, order: Order, emit: Emit, should_stop: ShouldStop) -> None:
+    def __init__(self, storage: Path, order: Order, emit: Emit, signals: Signals) -> None:
         self.storage = storage
         self.order = order
         self.emit = emit
-        self.should_stop = should_stop
+        self.should_stop = signals.should_stop
+        self.should_pause = signals.should_pause
 
     def train(self, order: FineTuneOrder, script: Script) -> None:
         directory = self.storage / order.job_path
@@ -129,8 +130,8 @@ class _Performance:
 def main() -> int:
     storage = Path(sys.argv[1])
 
-    def work(order: Order, emit: Emit, should_stop: ShouldStop) -> None:
-        performance = _Performance(storage, order, emit, should_stop)
+    def work(order: Order, emit: Emit, signals: Signals) -> None:
+        performance = _Performance(storage, order, emit, signals)
         script = Script(**json.loads((storage / "script.json").read_text()))
         if isinstance(order, FineTuneOrder):
             performance.train(order, script)
