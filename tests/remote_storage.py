@@ -1,0 +1,49 @@
+"""An S3 server on this machine (moto's), for tests of whatever lies in remote storage."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from moto.server import ThreadedMotoServer
+
+from server.storage.objects import RemoteObjects
+
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def run_s3() -> Iterator[pytest.MonkeyPatch]:
+    """Run a server and let the environment lead to it; gives the environment's patch, to change it further."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {
+                "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+                "AWS_ACCESS_KEY_ID": "somebody",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }.items():
+                patch.setenv(name, value)
+            yield patch
+    finally:
+        server.stop()
+
+
+def make_bucket() -> str:
+    """Make an empty bucket and give the URL of a place in it."""
+    import s3fs
+
+    name = f"models-{next(_numbers)}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    return f"s3://{name}/some/place"
+
+
+def overwrite(objects: RemoteObjects, key: str, data: bytes) -> None:
+    """Write an object as a fault would: behind the back of everybody."""
+    objects._files.pipe_file(objects._locate(key), data)
