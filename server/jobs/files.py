@@ -4,16 +4,16 @@ Knows directory names, not what is in checkpoints or artefacts.
 """
 
 import logging
-import os
-import shutil
 import time
 from collections.abc import AsyncIterator, Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, IndexOrder, Order
-from server.domain.specs import ExportSpec, IndexSpec
+from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+from server.jobs.trees import DiskTree, ObjectTree, Tree, remove_objects
 from server.services.codec import Codec
 from server.services.ports import Claim
+from server.storage.objects import RemoteObjects, StorageUnavailable
 
 _logger = logging.getLogger(__name__)
 _DOCUMENT_TEXT = Codec[DocumentText](DocumentText)
@@ -25,10 +25,15 @@ _LOG_AGE_SECONDS = 7 * 24 * 3600.0  # logs of failed jobs, for whoever runs the 
 
 
 class JobFiles:
-    """The files of jobs below one storage root. Methods that touch much are blocking: call them in a thread."""
+    """The files of jobs below one storage root. Methods that touch much are blocking: call them in a thread.
 
-    def __init__(self, storage_path: Path) -> None:
+    With `remote` checkpoints and results lie there, with copies here; documents and logs of running jobs lie here alone.
+    """
+
+    def __init__(self, storage_path: Path, remote: RemoteObjects | None = None) -> None:
         self._root = storage_path
+        self._disk = DiskTree(storage_path)
+        self._remote = remote
 
     def job_path(self, claim: Claim) -> str:
         """Name the job's own directory: checkpoints, documents, logs. Relative, as all paths that leave this class."""
@@ -53,6 +58,9 @@ class JobFiles:
             return self._order_export(claim, job.spec)
         if claim.dataset is None:
             raise ValueError(f"job {job.job_id} was claimed without its dataset")
+        if isinstance(job.spec, FineTuneSpec) and job.spec.warm_start_from is not None and claim.version is None:
+            # Or it would quietly start from the base model.
+            raise ValueError(f"job {job.job_id} was claimed without the version that it starts from")
         return FineTuneOrder(
             job_id=job.job_id,
             lease_epoch=claim.lease.epoch,
@@ -94,25 +102,30 @@ class JobFiles:
         target = (self._root / path).resolve()
         if self._root.resolve() not in target.parents:
             raise ValueError(f"{path!r} does not lie in the storage")
-        for found in (target, target.with_name(target.name + _PARTIAL)):
-            _remove(found)
+        if self._remote is not None:
+            remove_objects(self._remote, path)
+        for found in (path, path + _PARTIAL):
+            self._disk.remove(found)
 
     def delete_results(self, claim: Claim, keep: str | None) -> None:
         """Remove what this attempt and earlier ones wrote as the job's result, but for `keep`. A later attempt's is not ours to touch."""
-        start = f"{claim.job.job_id}-"
-        for found in (self._root / self.artifact_path(claim)).parent.glob(f"{start}*"):
-            epoch = found.name.removeprefix(start).removesuffix(_PARTIAL)
-            if epoch.isdecimal() and int(epoch) <= claim.lease.epoch and (keep is None or found != self._root / keep):
-                _remove(found)
+        model, start = str(PurePosixPath(self.artifact_path(claim)).parent), f"{claim.job.job_id}-"
+        for tree in self._trees(model):
+            for name in tree.list(model):
+                epoch = name.removeprefix(start).removesuffix(_PARTIAL)
+                written = name.startswith(start) and epoch.isdecimal() and int(epoch) <= claim.lease.epoch
+                if written and f"{model}/{name}" != keep:
+                    tree.remove(f"{model}/{name}")
 
     def delete_job(self, claim: Claim, *, keep_logs: bool) -> None:
         """Remove the job's own directory: all of it, or all but its logs."""
-        directory = self._root / self.job_path(claim)
-        for found in _list(directory):
-            if not (keep_logs and _is_log(found)):
-                _remove(found)
+        job = self.job_path(claim)
+        for tree in self._trees(job):
+            for name in tree.list(job):
+                if not (keep_logs and _is_log(name)):
+                    tree.remove(f"{job}/{name}")
         if not keep_logs:
-            _remove(directory)
+            self._disk.remove(job)
 
     def sweep(self, live: Collection[str], now: float | None = None) -> list[str]:
         """Remove what crashes left behind and give their paths: old files of jobs, and old results of models in `live`, that no row names.
@@ -120,54 +133,48 @@ class JobFiles:
         A model or dataset of which `live` knows nothing is left alone: it may belong to another database that uses this storage.
         """
         moment = time.time() if now is None else now
-        known = {str(parent) for path in live for parent in Path(path).parents}
+        known = {str(parent) for path in live for parent in PurePosixPath(path).parents}
         removed = []
-        for candidate in self._list_candidates(known):
-            relative = str(candidate.relative_to(self._root))
-            if relative in live or relative in known or any(str(parent) in live for parent in Path(relative).parents):
-                continue
-            if _newest_change(candidate) < moment - (_LOG_AGE_SECONDS if _holds_only_logs(candidate) else _ORPHAN_AGE_SECONDS):
-                _remove(candidate)
-                removed.append(relative)
+        for tree in self._trees():
+            for path in _list_candidates(tree, known):
+                if path in live or path in known or any(str(parent) in live for parent in PurePosixPath(path).parents):
+                    continue
+                if tree.newest_change(path) < moment - (_LOG_AGE_SECONDS if _holds_only_logs(tree, path) else _ORPHAN_AGE_SECONDS):
+                    tree.remove(path)
+                    removed.append(path)
         return removed
 
-    def _list_candidates(self, known: Collection[str]) -> Iterator[Path]:
-        for organization in _list(self._root):
-            for job in _list(organization / "jobs"):
-                # The directory of a live job is not to be removed, but something in it may be.
-                yield from _list(job) if str(job.relative_to(self._root)) in known else (job,)
-            for model in _list(organization / "models"):
-                if str(model.relative_to(self._root)) in known:
-                    yield from _list(model)
-            for room in ("models", "datasets"):
-                yield from (found for found in _list(organization / room) if found.name.endswith(_PARTIAL))
+    def _trees(self, prefix: str = "") -> Iterator[Tree]:
+        yield self._disk
+        if self._remote is not None:
+            try:
+                yield ObjectTree(self._remote, prefix)
+            except StorageUnavailable as error:
+                _logger.warning("nothing is removed from the remote storage now: %s", error)
 
 
-def _list(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+def _list_candidates(tree: Tree, known: Collection[str]) -> Iterator[str]:
+    for organization in tree.list(""):
+        if organization.endswith(_PARTIAL):
+            yield organization
+        for job in _list_paths(tree, f"{organization}/jobs"):
+            # The directory of a live job is not to be removed, but something in it may be.
+            yield from _list_paths(tree, job) if job in known else (job,)
+        for model in _list_paths(tree, f"{organization}/models"):
+            if model in known:
+                yield from _list_paths(tree, model)
+        for room in ("models", "datasets"):
+            yield from (path for path in _list_paths(tree, f"{organization}/{room}") if path.endswith(_PARTIAL))
 
 
-def _is_log(path: Path) -> bool:
-    return path.name.endswith((".log", ".log.old"))
+def _list_paths(tree: Tree, path: str) -> list[str]:
+    return [f"{path}/{name}" for name in tree.list(path)]
 
 
-def _holds_only_logs(path: Path) -> bool:
-    return _is_log(path) or (path.is_dir() and all(_is_log(found) for found in path.iterdir()))
+def _is_log(path: str) -> bool:
+    return path.endswith((".log", ".log.old"))
 
 
-def _newest_change(path: Path) -> float:
-    newest = path.lstat().st_mtime
-    for directory, _, names in os.walk(path):
-        newest = max(newest, *(os.lstat(os.path.join(directory, name)).st_mtime for name in [".", *names]))
-    return newest
-
-
-def _remove(path: Path) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        # A file that cannot go now goes with the next sweep; the job's end does not depend on it.
-        _logger.warning("cannot remove %s: %s", path, error)
+def _holds_only_logs(tree: Tree, path: str) -> bool:
+    names = tree.list(path)
+    return _is_log(path) or (bool(names) and all(_is_log(name) for name in names))

@@ -60,7 +60,7 @@ class LocalFiles:
     async def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
         """Stream the lines without their ends. A line over MAX_RECORD_BYTES comes cut to one byte more: still seen to be too long."""
         rest = b""
-        with open(self._locate(path), "rb") as file:
+        with open(await self.fetch(path), "rb") as file:
             while piece := await asyncio.to_thread(file.read, READ_BYTES):
                 *lines, rest = (rest + piece).split(b"\n")
                 rest = rest[: MAX_RECORD_BYTES + 1]
@@ -68,6 +68,10 @@ class LocalFiles:
                     yield [line[: MAX_RECORD_BYTES + 1].removesuffix(b"\r") for line in lines]
         if rest:
             yield [rest.removesuffix(b"\r")]
+
+    async def fetch(self, path: str) -> Path:
+        """Give the place of a stored file on this machine's disk."""
+        return self._locate(path)
 
     async def delete_tree(self, path: str) -> None:
         """Remove a file or a directory with all in it, if it is there."""
