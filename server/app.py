@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from server.domain.orders import Order
     from server.inference.client import EngineClient
     from server.rag.embedding import Embedder
+    from server.storage.artefacts import ArtefactStore
+    from server.storage.files import LocalFiles
+    from server.storage.mirror import Mirror
+    from server.storage.objects import RemoteObjects
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
@@ -31,11 +35,16 @@ STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
 HEALTH_SECONDS = 2.0  # how often the engine is asked whether it lives
 # Every row carries its organization; until callers are told apart there is this one.
 ORGANIZATION = "default"
+# They ask at their start whether a remote storage takes what they write. Children find out when they write.
+_STORING_ROLES = ("up", "api", "worker")
 
 
 def run(role: str, settings: Settings, *, events_fd: int | None, ready_fd: int | None) -> int:
     """Run a role to its end; return the exit code."""
     _configure_logging(role, settings.log_level)
+    if role in _STORING_ROLES and (problem := _check_storage(settings)):
+        print(problem, file=sys.stderr)
+        return 2
     if role == "up":
         from server.launcher.up import run_up
 
@@ -82,13 +91,12 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.references import References
     from server.services.training_parameters import FineTuneDefaults
     from server.services.training_service import TrainingService
-    from server.storage.files import LocalFiles
 
     assert settings.database_url is not None
     database = PostgresDatabase(settings.database_url, application_name="model-training-api")
     feed = PostgresJobFeed(database)
     engine = EngineClient(settings.engine_socket)
-    files = LocalFiles(settings.storage_path)
+    files = _open_files(settings)
     base_models = _make_source(settings)
     datasets = Datasets(database, files, settings.max_dataset_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
@@ -141,7 +149,7 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     assert settings.database_url is not None
     database = PostgresDatabase(settings.database_url, application_name="model-training-worker")
     queue = PostgresJobQueue(database)
-    files = JobFiles(settings.storage_path)
+    files = JobFiles(settings.storage_path, _open_objects(settings))
     terms = LeaseTerms(settings.lease_seconds, settings.heartbeat_seconds, settings.max_job_attempts)
     runner = JobRunner(queue, LocalExecution([sys.executable, "-m", "server"]), files, terms)
     worker = Worker(queue, runner, files, ClaimLimits(settings.max_training_jobs, settings.max_index_jobs), terms)
@@ -161,11 +169,10 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     from server.inference.library import LoadingOptions
     from server.inference.server import serve
     from server.rag.embedding import Embedder
-    from server.storage.artefacts import ArtefactStore
 
     _prepare_torch(settings)
     source = _make_source(settings)
-    store = ArtefactStore(settings.storage_path)
+    store = _open_artefacts(settings)
     engine = EmbeddedEngine(
         base_models=source,
         resolve_adapter=lambda model: store.open(model.adapter_path or "", model.manifest_sha256).directory,
@@ -190,7 +197,6 @@ class _Listing:
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     from server.childprocess import run_child
     from server.domain.orders import FineTuneOrder, IndexOrder
-    from server.storage.artefacts import ArtefactStore
 
     _prepare_torch(settings)
     source = _make_source(settings)
@@ -199,7 +205,7 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
         if isinstance(order, FineTuneOrder) and role == "train":
             from server.training.run import run_fine_tune
 
-            run_fine_tune(order, ArtefactStore(settings.storage_path), source, emit, signals.should_stop)
+            run_fine_tune(order, _open_artefacts(settings), source, emit, signals.should_stop)
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index
@@ -209,6 +215,49 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
             raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 
     return run_child(work, events_fd)
+
+
+def _open_objects(settings: Settings) -> "RemoteObjects | None":
+    """Give the remote storage, or None where the storage is a directory."""
+    from server.storage.objects import RemoteObjects
+
+    return RemoteObjects(settings.storage_url) if settings.storage_url else None
+
+
+def _open_mirror(settings: Settings, objects: "RemoteObjects") -> "Mirror":
+    from server.storage.mirror import Mirror
+
+    settings.storage_path.mkdir(parents=True, exist_ok=True)
+    return Mirror(settings.storage_path, objects, settings.storage_cache_bytes)
+
+
+def _open_artefacts(settings: Settings) -> "ArtefactStore":
+    from server.storage.artefacts import ArtefactStore
+    from server.storage.remote import RemoteArtefactStore
+
+    objects = _open_objects(settings)
+    return RemoteArtefactStore(_open_mirror(settings, objects)) if objects else ArtefactStore(settings.storage_path)
+
+
+def _open_files(settings: Settings) -> "LocalFiles":
+    from server.storage.files import LocalFiles
+    from server.storage.remote_files import RemoteFiles
+
+    objects = _open_objects(settings)
+    return RemoteFiles(_open_mirror(settings, objects)) if objects else LocalFiles(settings.storage_path)
+
+
+def _check_storage(settings: Settings) -> str | None:
+    """Say why the storage cannot be used; None where it can."""
+    from server.domain.errors import ServiceError
+
+    objects = _open_objects(settings)
+    try:
+        if objects is not None:
+            objects.check()
+    except ServiceError as error:
+        return f"MODEL_STORAGE_PATH: {error}"
+    return None
 
 
 def _prepare_torch(settings: Settings) -> None:

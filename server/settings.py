@@ -1,7 +1,9 @@
 """Every deploy-time knob: read once from the environment, checked, frozen. A senseless value stops the start and names its variable."""
 
 import hashlib
+import importlib.util
 import math
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -10,6 +12,8 @@ from typing import Any
 
 # Linux allows 108 bytes for the path of a unix socket, its closing zero included.
 _MAX_SOCKET_PATH_BYTES = 107
+# Schemes of remote storage, and the package that each needs.
+REMOTE_STORAGE = {"s3": "s3fs", "gs": "gcsfs"}
 
 
 class SettingsError(ValueError):
@@ -50,6 +54,24 @@ def _path(text: str) -> Path:
     return path
 
 
+def _storage(text: str) -> Path | str:
+    """Read a directory, or a URL of remote storage as it stands."""
+    scheme, separator, place = text.partition("://")
+    if not separator:
+        return _path(text)
+    if scheme == "file":
+        return _path(place)
+    if scheme not in REMOTE_STORAGE:
+        raise ValueError(
+            f"must be a directory or begin with {' or '.join(f'{known}://' for known in REMOTE_STORAGE)}, not with {scheme}://"
+        )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]+(/[\w.=-]+)*/?", place) or ".." in place:
+        raise ValueError(f"must name a bucket and perhaps a prefix, as {scheme}://bucket/prefix does, without credentials")
+    if importlib.util.find_spec(REMOTE_STORAGE[scheme]) is None:
+        raise ValueError(f"needs the package {REMOTE_STORAGE[scheme]}, which is not installed, for {scheme}://")
+    return text.rstrip("/")
+
+
 def _paths(text: str) -> tuple[Path, ...]:
     return tuple(_path(part) for part in text.split(":") if part)
 
@@ -81,9 +103,20 @@ class Settings:
     data_directory: Path = _variable(
         "DATA_DIRECTORY", _path, ".data", "Everything that this machine keeps: database, storage, cache, logs."
     )
-    storage_path: Path = _variable("MODEL_STORAGE_PATH", _path, "{data}/storage", "Datasets, checkpoints and finished models.")
+    storage: Path | str = _variable(
+        "MODEL_STORAGE_PATH",
+        _storage,
+        "{data}/storage",
+        "Datasets, checkpoints and finished models: a directory, or s3://bucket/prefix or gs://bucket/prefix.",
+    )
     cache_path: Path = _variable(
         "MODEL_CACHE_PATH", _path, "{data}/cache", "Base models, downloaded and converted; can be deleted at any time."
+    )
+    storage_cache_bytes: int = _variable(
+        "STORAGE_CACHE_BYTES",
+        _integer(1, 1 << 50),
+        str(64 << 30),
+        "With remote storage: bytes of copies of it that are kept under MODEL_CACHE_PATH.",
     )
     local_models_paths: tuple[Path, ...] = _variable(
         "LOCAL_MODELS_PATH", _paths, "{data}/models", "Directories (separated by `:`) whose models may be named by absolute path."
@@ -158,6 +191,16 @@ class Settings:
         if problems:
             raise SettingsError("\n".join(problems))
         return cls(**values)  # type: ignore[arg-type]  # each value came from its own field's parser
+
+    @property
+    def storage_path(self) -> Path:
+        """The storage's directory on this machine; of remote storage the copies, and what belongs to running jobs."""
+        return self.storage if isinstance(self.storage, Path) else self.cache_path / "storage"
+
+    @property
+    def storage_url(self) -> str | None:
+        """The remote storage; None where it is a directory."""
+        return self.storage if isinstance(self.storage, str) else None
 
     @property
     def run_directory(self) -> Path:

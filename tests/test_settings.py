@@ -29,6 +29,36 @@ def test_the_promised_variables_are_read() -> None:
     assert (settings.max_training_jobs, settings.default_batch_size, settings.default_learning_rate) == (3, 7, 3e-4)
 
 
+def test_the_storage_may_be_a_bucket_with_copies_in_the_cache() -> None:
+    settings = read(MODEL_STORAGE_PATH="s3://models-1/some/place/", MODEL_CACHE_PATH="/srv/c")
+    assert (settings.storage_url, settings.storage_path) == ("s3://models-1/some/place", Path("/srv/c/storage"))
+    assert read(MODEL_STORAGE_PATH="gs://models").storage_url == "gs://models"
+    local = read(MODEL_STORAGE_PATH="file:///srv/s")
+    assert (local.storage_url, local.storage_path) == (None, Path("/srv/s"))
+
+
+@pytest.mark.parametrize("scheme", ["memory", "http", "ftp", "github", "s4"])
+def test_a_storage_of_another_kind_is_refused_by_the_name_of_its_scheme(scheme: str) -> None:
+    with pytest.raises(SettingsError, match=rf"MODEL_STORAGE_PATH must be a directory or begin with s3:// or gs://, not with {scheme}://"):
+        read(MODEL_STORAGE_PATH=f"{scheme}://bucket")
+
+
+@pytest.mark.parametrize("place", ["", "/", "key:secret@bucket", "bucket/../other", "bucket?x=1", "Bucket Name"])
+def test_a_storage_url_that_names_no_bucket_or_more_than_that_is_refused(place: str) -> None:
+    with pytest.raises(SettingsError, match="MODEL_STORAGE_PATH must name a bucket"):
+        read(MODEL_STORAGE_PATH=f"s3://{place}")
+
+
+def test_a_start_without_credentials_for_the_storage_stops_with_the_reason() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"MODEL_STORAGE_PATH": "s3://bucket", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null"}
+    environment["AWS_SHARED_CREDENTIALS_FILE"] = "/dev/null"
+    done = subprocess.run([sys.executable, "-m", "server", "up"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "MODEL_STORAGE_PATH: The storage s3://bucket cannot be used: this server has no credentials" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_empty_value_means_unset_as_in_a_compose_file() -> None:
     assert read(MAX_TRAINING_JOBS="", DATABASE_URL="").max_training_jobs == 1
 

@@ -57,5 +57,5 @@ def _make_route(method: MethodDescriptor) -> Route:
     options = descriptor_pb2.MethodOptions.FromString(method.GetOptions().SerializeToString())
     rule = options.Extensions[annotations_pb2.http]
     verb = str(rule.WhichOneof("pattern"))
-    pattern = re.sub(r"\{\w+\}", "[^/]+", str(getattr(rule, verb)))
+    pattern = re.sub(r"\{\w+=\*\*\}", ".+", re.sub(r"\{\w+\}", "[^/]+", str(getattr(rule, verb))))
     return Route(method, verb.upper(), re.compile(pattern), rule.body)
