@@ -4,23 +4,18 @@ Kernels and format are bitsandbytes'. The layer's forward pass is not: on a CPU 
 and rounds their scales, so that evaluating once would change what is trained.
 """
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from torch.autograd import Function
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from server.domain.techniques import Quantization
-
-# It asks at import for a package of kernels that it would download.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit  # noqa: E402 -- after its log is quiet
-from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: E402
 
 # Weights that share one scale; bitsandbytes' own and the paper's.
 BLOCK_SIZE = 64
@@ -55,6 +50,9 @@ class QuantizedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no 
         return cast(torch.Tensor, _QuantizedLinearFunction.apply(x, self))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
+Note = Callable[[str, nn.Linear, QuantizedLinear], None]
+
+
 class _QuantizedLinearFunction(Function):
     """y = x W' + b with W in 4 bits; de-quantises again for the gradient."""
 
@@ -71,14 +69,23 @@ class _QuantizedLinearFunction(Function):
 
 
 def quantize(
-    model: PreTrainedModel, quantization: Quantization, double_quantization: bool, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    quantization: Quantization,
+    double_quantization: bool,
+    compute_dtype: torch.dtype | None = None,
+    note: Note | None = None,
 ) -> None:
     """Replace the linear layers, all but the output head, by frozen ones in 4 bits.
 
-    `compute_dtype` None: the model's own. Raises ValueError when the model has no such layer.
+    `compute_dtype` None: the model's own. `note` is told each layer's name, the layer and what replaces it.
+    Raises ValueError when the model has no such layer.
     """
     for parent, name, layer in list(_select_layers(model)):
-        setattr(parent, name, QuantizedLinear.of(layer, quantization, double_quantization, compute_dtype or model.dtype))
+        attribute = name.rpartition(".")[2]
+        made = QuantizedLinear.of(layer, quantization, double_quantization, compute_dtype or model.dtype)
+        if note is not None:
+            note(name, layer, made)
+        setattr(parent, attribute, made)
 
 
 def dequantize_in_place(model: PreTrainedModel, quantization: Quantization, double_quantization: bool) -> None:
@@ -92,14 +99,14 @@ def dequantize_in_place(model: PreTrainedModel, quantization: Quantization, doub
 
 
 def _select_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Give (parent, name, layer) of each linear layer that is held in 4 bits."""
+    """Give (parent, whole name, layer) of each linear layer that is held in 4 bits."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     found = False
-    for parent in model.modules():
+    for path, parent in model.named_modules():
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear) and layer is not head:
                 found = True
-                yield parent, name, layer
+                yield parent, f"{path}.{name}", layer
     if not found:
         raise ValueError("The model has no linear layers that could be held in 4 bits.")
 

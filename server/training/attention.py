@@ -9,7 +9,7 @@ scaled_dot_product_attention, forward and backward.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -59,14 +59,17 @@ class _ExplicitAttention(Function):
 def attend_record(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
-    """Attend within one record; H query heads in groups over K key heads. Gives [H, L, D]."""
+    """Attend within one record; H query heads in groups over K key heads. Gives [H, L, D].
+
+    Keys and values may have tokens before those of the queries, which all of them see.
+    """
     heads, length, width = query_HLD.shape
     key_heads = len(key_KLD)
-    if query_HLD.device.type != "cpu" or length > MAX_EXPLICIT_TOKENS:
+    if query_HLD.device.type != "cpu" or key_KLD.shape[1] > MAX_EXPLICIT_TOKENS:
         return _attend_blockwise(query_HLD, key_KLD, value_KLD, scaling, window)
     group = heads // key_heads
     query = query_HLD.reshape(key_heads, group * length, width)
-    mask = _causal_mask(length, window, query).repeat(group, 1)
+    mask = _causal_mask(length, key_KLD.shape[1] - length, window, query).repeat(group, 1)
     out = apply_function(_ExplicitAttention, query, key_KLD.contiguous(), value_KLD.contiguous(), mask, scaling)
     return out.view(heads, length, width)
 
@@ -75,17 +78,19 @@ def _attend_blockwise(
     query_HLD: torch.Tensor, key_KLD: torch.Tensor, value_KLD: torch.Tensor, scaling: float, window: int | None
 ) -> torch.Tensor:
     length = query_HLD.shape[1]
-    mask = _causal_mask(length, window, query_HLD) if window is not None and window < length else None
+    before = key_KLD.shape[1] - length
+    windowed = window is not None and window < before + length
+    mask = _causal_mask(length, before, window, query_HLD) if windowed or before else None
     return scaled_dot_product_attention(
         query_HLD[None], key_KLD[None], value_KLD[None], attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )[0]
 
 
-def _causal_mask(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Give [L, L]: 0 where a token may look, -inf elsewhere; with a window only at the last `window` tokens, itself included."""
-    mask = torch.full((length, length), -math.inf, dtype=like.dtype, device=like.device).triu_(1)
-    if window is not None and window < length:
-        mask += torch.full_like(mask, -math.inf).tril_(-window)
+def _causal_mask(length: int, before: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Give [L, before + L]: 0 where a token may look, -inf elsewhere; with a window only at the last `window` tokens, itself included."""
+    mask = torch.full((length, before + length), -math.inf, dtype=like.dtype, device=like.device).triu_(before + 1)
+    if window is not None and window < before + length:
+        mask += torch.full_like(mask, -math.inf).tril_(before - window)
     return mask
 
 
@@ -100,18 +105,25 @@ def attend_packed(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     record_lengths: Sequence[int] | None = None,
+    record_prefixes: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each record of [1, heads, T, D], called as transformers calls attention functions.
 
+    `record_prefixes` are keys and values [1, heads, V, D] of each layer, which stand before every record.
     Gives [1, T, heads, D]. Raises UnsupportedAttention.
     """
     if unknown := [name for name in CHANGING_ARGUMENTS if others.get(name) is not None]:
         raise UnsupportedAttention(f"packed attention does not know {', '.join(unknown)}")
     lengths = [query.shape[2]] if record_lengths is None else list(record_lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = zip(*(torch.split(tensor[0], lengths, dim=1) for tensor in (query, key, value)), strict=True)
-    out = torch.cat([attend_record(q, k, v, scale, sliding_window) for q, k, v in parts], dim=1)
+    queries, keys, values = (torch.split(tensor[0], lengths, dim=1) for tensor in (query, key, value))
+    if record_prefixes is not None:
+        prefix_key, prefix_value = record_prefixes[cast(int, module.layer_idx)]
+        keys = tuple(torch.cat((prefix_key[0], part), dim=1) for part in keys)
+        values = tuple(torch.cat((prefix_value[0], part), dim=1) for part in values)
+    records = zip(queries, keys, values, strict=True)
+    out = torch.cat([attend_record(q, k, v, scale, sliding_window) for q, k, v in records], dim=1)
     return out.transpose(0, 1)[None], None
 
 

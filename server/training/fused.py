@@ -6,74 +6,102 @@ Each replaces the class of an existing module, which keeps its parameters and na
 from typing import Any, cast
 
 import torch
+from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd import Function
 
+from server.basemodels.quantization import QuantizedLinear
 from server.training.autograd import apply_function
 
 
 class _LoraFunction(Function):
     """y = x W' + b + s (x A') B' with W frozen; A, B in float32, computed in x's type.
 
-    x [T, I], W [O, I], A [R, I], B [O, R]. Keeps x and x A' for the backward pass, nothing of size [T, O].
+    x [T, I], W [O, I], A [R, I], B [O, R]. Keeps x and x A' for the backward pass, nothing of size [T, O], and of a W in 4 bits
+    nothing of its size: it is de-quantised again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         a_cast, b_cast = a.to(x.dtype), (b * scaling).to(x.dtype)
         low = x @ a_cast.t()
-        out = nn.functional.linear(x, weight, bias).addmm_(low, b_cast.t())
-        ctx.save_for_backward(x, weight, low, a_cast, b_cast)
-        ctx.scaling = scaling
+        out = nn.functional.linear(x, _weight_of(base), base.bias).addmm_(low, b_cast.t())
+        ctx.save_for_backward(x, low, a_cast, b_cast)
+        ctx.base, ctx.scaling = base, scaling
         return out
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, low, a_cast, b_cast = ctx.saved_tensors
+        x, low, a_cast, b_cast = ctx.saved_tensors
         gradient = upstream[0]
         low_gradient = gradient @ b_cast
-        x_gradient = (gradient @ weight).addmm_(low_gradient, a_cast) if ctx.needs_input_grad[0] else None
+        x_gradient = (gradient @ _weight_of(ctx.base)).addmm_(low_gradient, a_cast) if ctx.needs_input_grad[0] else None
         a_gradient = (low_gradient.t() @ x).float()
         b_gradient = (gradient.t() @ low).float().mul_(ctx.scaling)
-        return x_gradient, None, None, a_gradient, b_gradient, None
+        return x_gradient, None, a_gradient, b_gradient, None
+
+
+def _weight_of(base: nn.Linear) -> torch.Tensor:
+    return base.dequantize() if isinstance(base, QuantizedLinear) else base.weight
+
+
+def _add_low_rank(x: torch.Tensor, base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Compute [..., I] to [..., O]."""
+    out = apply_function(_LoraFunction, x.reshape(-1, x.shape[-1]), base, a, b, scaling)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _is_frozen_linear(base: nn.Module, x: torch.Tensor) -> bool:
+    """Tell whether the function above computes what the layer computes."""
+    if isinstance(base, QuantizedLinear):
+        return base.compute_dtype == x.dtype
+    # Falcon's own class differs from nn.Linear by its rounding alone.
+    return (type(base) is nn.Linear or type(base).__name__ == "FalconLinear") and not base.weight.requires_grad
+
+
+def _drops(layer: Any, names: list[str]) -> bool:
+    return layer.training and any(not isinstance(layer.lora_dropout[name], nn.Identity) for name in names)
 
 
 class FusedLoraLinear(LoraLinear):
-    """peft's LoRA layer with one active adapter on a plain linear layer; anything else takes peft's own way."""
+    """peft's LoRA layer with plain adapters on a frozen linear layer; anything else takes peft's own way."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute [..., I] to [..., O]."""
-        if not self._is_plain(args, kwargs):
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or not self._is_plain(names) or not _is_frozen_linear(self.get_base_layer(), x):
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        base = self.get_base_layer()
-        flat = x.reshape(-1, x.shape[-1])
-        out = apply_function(
-            _LoraFunction, flat, base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        )
-        return out.view(*x.shape[:-1], out.shape[-1])
+        a = [self.lora_A[name].weight for name in names]
+        b = [self.lora_B[name].weight for name in names]
+        if len(names) > 1:  # an adapter and its frozen start
+            a, b = [torch.cat(a)], [torch.cat(b, dim=1)]
+        return _add_low_rank(x, self.get_base_layer(), a[0], b[0], self.scaling[names[0]])
 
-    def _is_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+    def _is_plain(self, names: list[str]) -> bool:
+        if self.disable_adapters or self.merged or not names or _drops(self, names):
             return False
-        name = self.active_adapters[0]
+        same = len({self.scaling[name] for name in names}) == 1
+        return same and not any(name in self.lora_variant for name in names)
+
+
+class FusedSvdLinear(SVDLinear):
+    """AdaLoRA's layer: low-rank factors with singular values between them."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute [..., I] to [..., O]."""
+        names = self.active_adapters
         base = self.get_base_layer()
-        dropout = self.lora_dropout[name]
-        drops = self.training and not isinstance(dropout, nn.Identity)
-        return (
-            name in self.lora_A
-            and not drops
-            and name not in self.lora_variant
-            and type(base) is nn.Linear
-            and not base.weight.requires_grad
-        )
+        plain = len(names) == 1 and not (args or kwargs or self.disable_adapters or self.merged or _drops(self, names))
+        if not plain or not _is_frozen_linear(base, x):
+            return cast(torch.Tensor, super().forward(x, *args, **kwargs))
+        name = names[0]
+        scaling = self.scaling[name] / (float(self.ranknum[name]) + 1e-5)  # as peft's
+        return _add_low_rank(x, base, self.lora_A[name] * self.lora_E[name], self.lora_B[name], scaling)
 
 
 class _RmsNormFunction(Function):
-    """y = w x / rms(x), with w frozen; statistics in float32. Keeps x and one number per row."""
+    """y = w x / rms(x); statistics in float32. Keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -85,14 +113,19 @@ class _RmsNormFunction(Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        scaled = (upstream[0] * weight).float()
         normal = x.float() * inverse
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            weight_gradient = (upstream[0].float() * normal).flatten(0, -2).sum(0).to(weight.dtype)
+        if not ctx.needs_input_grad[0]:
+            return None, weight_gradient, None
+        scaled = (upstream[0] * weight).float()
         mean = (scaled * normal).mean(-1, keepdim=True)
-        return scaled.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), None, None
+        return scaled.sub_(normal.mul_(mean)).mul_(inverse).to(x.dtype), weight_gradient, None
 
 
 class FusedRmsNorm(nn.Module):
-    """RMSNorm with a frozen weight, whatever the architecture calls its epsilon."""
+    """RMSNorm, whatever the architecture calls its epsilon."""
 
     weight: nn.Parameter
 
@@ -106,12 +139,15 @@ def _epsilon(module: nn.Module) -> float:
     return float(cast(float, found)) if found is not None else 1e-6
 
 
+FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {LoraLinear: FusedLoraLinear, SVDLinear: FusedSvdLinear}
+
+
 def fuse(model: nn.Module) -> int:
     """Swap in the fused layers where they fit and agree with the originals; give how many."""
     fused = 0
     for module in model.modules():
-        if type(module) is LoraLinear:
-            module.__class__ = FusedLoraLinear
+        if type(module) in FUSED_LAYERS:
+            module.__class__ = FUSED_LAYERS[type(module)]
             fused += 1
         elif type(module).__name__.endswith("RMSNorm") and _agrees_fused(module):
             module.__class__ = FusedRmsNorm
@@ -122,7 +158,7 @@ def fuse(model: nn.Module) -> int:
 def _agrees_fused(module: nn.Module) -> bool:
     """Tell whether this RMSNorm is the common one (Gemma's, for one, adds 1 to its weight)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.dim() != 1 or weight.is_meta:
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.is_meta:
         return False
     probe = torch.linspace(-2.0, 3.0, 4 * len(weight), device=weight.device).view(4, -1).to(weight.dtype)
     with torch.no_grad():

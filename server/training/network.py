@@ -3,7 +3,7 @@
 from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from server.training.attention import PACKED_ATTENTION, UnsupportedAttention, re
 from server.training.batches import MicroBatch
 from server.training.fused import fuse
 from server.training.loss import sum_cross_entropy, token_cross_entropies
+from server.training.virtual_tokens import PackedInputs, find_virtual_tokens
 
 # Lengths of the made-up records by which a model is tried: both ways must give the same logits.
 PROBE_LENGTHS = (7, 12, 9)
@@ -23,14 +24,29 @@ PROBE_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e
 class Network:
     """A causal language model, whole or with adapters. Records lie end to end where the architecture allows it, else each runs alone."""
 
-    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel, *, packing: bool = True) -> None:
         causal = model.get_base_model() if isinstance(model, PeftModel) else model
         assert isinstance(causal, PreTrainedModel)
         self.model = model
         self._causal = causal
+        self._virtual = find_virtual_tokens(model)
         self.packed = False
         fuse(model)
-        self._try_packing()
+        if packing:
+            self._try_packing()
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether activations can be computed again in the backward pass; a prefix, which lies in a cache, would be lost by it."""
+        active = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        return self._causal.supports_gradient_checkpointing and (active is None or active.peft_type != PeftType.PREFIX_TUNING)
+
+    def set_recomputing(self, on: bool) -> None:
+        """Compute each layer's activations again in the backward pass instead of keeping them, or not (Chen et al. 2016)."""
+        if on:
+            self._causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        elif self._causal.is_activation_checkpointing:
+            self._causal.gradient_checkpointing_disable()
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Give the cross entropy summed over the batch's trained tokens, each times its weight (nats, float32 scalar)."""
@@ -49,20 +65,23 @@ class Network:
 
     def _hide_packed(self, batch: MicroBatch) -> torch.Tensor:
         """Give the last hidden states at the predictors, [N, D]. The lengths go through to the attention function."""
-        outputs = self._causal.base_model(
-            input_ids=batch.token_ids[None], position_ids=batch.positions[None], use_cache=False, record_lengths=batch.lengths
-        )
-        hidden: torch.Tensor = outputs.last_hidden_state[0, batch.predictors]
+        if self._virtual is None:
+            arguments = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None], "record_lengths": batch.lengths}
+            inputs = PackedInputs(arguments, batch.predictors)
+        else:
+            inputs = self._virtual.pack(batch)
+        hidden: torch.Tensor = self._causal.base_model(**inputs.arguments, use_cache=False).last_hidden_state[0, inputs.predictors]
         return hidden
 
     def _logits_one_by_one(self, batch: MicroBatch) -> torch.Tensor:
         """Give the logits at the predictors, [N, V], by the model's own forward pass over one record after the other."""
         parts, start = [], 0
+        model, shift = (self._causal, 0) if self._virtual is None else (self.model, self._virtual.places)
         for length in batch.lengths:
             inside = batch.predictors[(batch.predictors >= start) & (batch.predictors < start + length)]
             if len(inside):
                 ids = batch.token_ids[None, start : start + length]
-                parts.append(self._causal(input_ids=ids, use_cache=False, logits_to_keep=inside - start).logits[0])
+                parts.append(model(input_ids=ids, use_cache=False, logits_to_keep=inside - start + shift).logits[0])
             start += length
         return torch.cat(parts)
 

@@ -1,0 +1,1 @@
+"""The techniques of fine-tuning, one file each, behind `apply_technique`."""

@@ -1,0 +1,75 @@
+"""Every weight. The result is a model of its own, as transformers reads it."""
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedModel
+
+from server.training.techniques.masters import MasterWeights
+from server.training.techniques.trained import Trained, cannot_start, check_shapes
+
+MAX_SHARD_SIZE = "5GB"
+
+
+class FullTrained(Trained):
+    """All parameters; a weight that is tied to another is trained once."""
+
+    kind = "model"
+
+    def __init__(self, model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        self._masters = MasterWeights(dict(model.named_parameters()))
+        self._stored_dtype = stored_dtype or model.dtype
+        super().__init__(model, self._masters.parameters)
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The model as transformers'."""
+        assert isinstance(self.model, PreTrainedModel)
+        return self.model
+
+    def after_step(self, step: int) -> None:
+        """Let the model compute with the new weights."""
+        self._masters.to_model()
+
+    def refresh(self) -> None:
+        """Let the model compute with the restored weights."""
+        self._masters.to_model()
+
+    def save(self, directory: Path) -> None:
+        """Write a directory of transformers, in the type in which the base model's weights are stored."""
+        attention = self.causal.config._attn_implementation
+        self.causal.set_attn_implementation("sdpa" if self.causal._supports_sdpa else "eager")
+        dtype = self.causal.config.dtype
+        self.causal.config.dtype = self._stored_dtype
+        state = {name: tensor.to(self._stored_dtype) if tensor.is_floating_point() else tensor for name, tensor in self._state().items()}
+        self.causal.save_pretrained(directory, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+        self.causal.config.dtype = dtype
+        self.causal.set_attn_implementation(attention)
+
+    def warm_start(self, directory: Path) -> None:
+        """Take the weights of a whole model of the same shape. Raises JobFailure(BASE_MODEL_UNAVAILABLE) for another."""
+        files = sorted(directory.glob("model*.safetensors"))
+        if not files:
+            raise cannot_start("it is no whole model")
+        found: dict[str, torch.Tensor] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 -- not a mapping
+        held = {name: tensor for name, tensor in self._state().items() if name in found or name in self.parameters}
+        check_shapes({name: tensor.shape for name, tensor in held.items()}, {name: tensor.shape for name, tensor in found.items()})
+        with torch.no_grad():
+            for name, tensor in held.items():
+                tensor.copy_(found[name])
+        self._masters.from_model()
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return dict(self.causal.state_dict())
+
+
+def train_full(model: PreTrainedModel, base_directory: Path | None) -> FullTrained:
+    """Train every weight. `base_directory` says in which type the weights are stored; None: in the model's."""
+    stored = AutoConfig.from_pretrained(base_directory, trust_remote_code=False).dtype if base_directory is not None else None
+    return FullTrained(model, stored if isinstance(stored, torch.dtype) else None)
