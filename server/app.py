@@ -205,7 +205,7 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
         if isinstance(order, FineTuneOrder) and role == "train":
             from server.training.run import run_fine_tune
 
-            run_fine_tune(order, _open_artefacts(settings), source, emit, signals.should_stop)
+            run_fine_tune(order, _open_artefacts(settings), source, emit, signals)
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index

@@ -22,9 +22,15 @@ class Position:
 
     step: int = 0
     tokens: int = 0
+    trained_tokens: int = 0
+    loss: float | None = None  # of the last step that had one
     skipped_in_a_row: int = 0
-    best_loss: float | None = None
+    evaluated_step: int = -1
+    start_loss: float | None = None  # the evaluation before the first step
+    best_loss: float | None = None  # of the evaluations after it
     best_step: int = 0
+    patience_loss: float | None = None  # what an evaluation must fall below to be an improvement
+    evaluations_without_improvement: int = 0
 
 
 def save_checkpoint(

@@ -5,19 +5,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
 from torch import nn
 
-from server.domain.events import ChildEvent, Evaluated, StepDone, Warned
+from server.childprocess import Signals
+from server.domain.events import ChildEvent, Evaluated, Sampled, StepDone, Warned
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.specs import TrainingParameters
-from server.training.batches import BatchPlan, MicroBatch, make_micro_batch, split_micro_batches
+from server.training.batches import BatchPlan, Examples, MicroBatch
 from server.training.checkpoint import Position
-from server.training.data import TokenizedRecords
+from server.training.evaluation import Evaluation, evaluate, is_patience_over, note_loss
 from server.training.network import Network
+from server.training.objectives.objective import Objective
+from server.training.sampling import Sampler
 from server.training.schedule import learning_rate
+from server.training.signals import PauseAsked, check_signals, check_stop
+from server.training.techniques.trained import Trained
 
 # Measured on SmolLM2, two cores: fewer tokens leave matrix products too small, more leave the caches.
 MICRO_BATCH_TOKENS = 1024
@@ -26,24 +32,22 @@ MAX_SKIPPED_IN_A_ROW = 3
 SPEED_WINDOW_STEPS = 20
 
 
-class Stopped(Exception):
-    """The job was told to stop; nothing is saved."""
-
-
 @dataclass(slots=True)
 class Run:
-    """Everything that the loop works with."""
+    """Everything that the loop works with. `save` writes a checkpoint, kept beside the latest if it is the best."""
 
     network: Network
-    parameters: dict[str, nn.Parameter]
+    trained: Trained
+    objective: Objective
     optimiser: torch.optim.Optimizer
-    records: TokenizedRecords
-    held_out: TokenizedRecords
+    examples: Examples
+    held_out: Examples
     plan: BatchPlan
     settings: TrainingParameters
     emit: Callable[[ChildEvent], None]
-    should_stop: Callable[[], bool]
-    save: Callable[[Position], None]
+    signals: Signals
+    save: Callable[[Position, bool], None]
+    sampler: Sampler | None = None
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
 
 
@@ -53,39 +57,52 @@ def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingParamet
 
 
 def train(run: Run, position: Position) -> None:
-    """Train from `position` to the end of the plan, moving it along. Raises Stopped, or JobFailure(LOSS_NOT_FINITE)."""
+    """Train from `position` to the end of the plan, moving it along.
+
+    Raises Stopped, PauseAsked (the state is saved then), or JobFailure(LOSS_NOT_FINITE).
+    """
+    try:
+        _train(run, position)
+    except PauseAsked:
+        run.save(position, False)
+        raise
+
+
+def _train(run: Run, position: Position) -> None:
     clock = _Clock()
-    if position.step == 0:
-        _evaluate(run, position)
-    while position.step < run.plan.total_steps:
+    _evaluate_if_due(run, position)
+    while not _is_over(run, position):
+        check_signals(run.signals)
         clock.start()
         rate = _set_learning_rate(run, position.step)
-        batches = [batch.to(run.network.model.device) for batch in _batches_of_step(run, position.step)]
-        loss = _accumulate_gradients(run, batches)
-        norm = float(nn.utils.clip_grad_norm_(run.parameters.values(), run.settings.max_gradient_norm))
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        gradients = _accumulate_gradients(run, list(_batches_of_step(run, position.step)))
+        norm = float(nn.utils.clip_grad_norm_(run.trained.parameters.values(), run.settings.max_gradient_norm))
+        finite = math.isfinite(gradients.loss) and math.isfinite(norm)
         if finite:
             run.optimiser.step()
+            run.trained.after_step(position.step + 1)
         run.optimiser.zero_grad(set_to_none=True)
-        tokens = sum(batch.token_count for batch in batches)
         position.step += 1
-        position.tokens += tokens
-        clock.stop(tokens)
+        position.tokens += gradients.tokens
+        position.trained_tokens += gradients.trained_tokens
+        clock.stop(gradients.tokens)
         if finite:
-            position.skipped_in_a_row = 0
-            run.emit(_describe_step(run, position, clock, loss=loss, rate=rate, norm=norm, trained=sum(b.trained_count for b in batches)))
+            position.skipped_in_a_row, position.loss = 0, gradients.loss
+            run.emit(_describe_step(run, position, clock, gradients, rate=rate, norm=norm))
         else:
             _skip(run, position)
-        last = position.step == run.plan.total_steps
-        if last or position.step % run.settings.evaluate_every_steps == 0:
-            _evaluate(run, position)
-        if last or position.step % run.settings.checkpoint_every_steps == 0:
-            run.save(position)
+        best = _evaluate_if_due(run, position) and run.settings.keep_best
+        if best or _is_over(run, position) or position.step % run.settings.checkpoint_every_steps == 0:
+            run.save(position, best)
+
+
+def _is_over(run: Run, position: Position) -> bool:
+    return position.step >= run.plan.total_steps or is_patience_over(run.settings, position)
 
 
 def _batches_of_step(run: Run, step: int) -> Iterator[MicroBatch]:
-    for group in split_micro_batches(run.records, run.plan.records_of_step(step), run.micro_batch_tokens):
-        yield make_micro_batch(run.records, group)
+    for group in run.examples.split(run.plan.records_of_step(step), run.micro_batch_tokens):
+        yield run.examples.lay_out(group)
 
 
 def _set_learning_rate(run: Run, step: int) -> float:
@@ -102,21 +119,32 @@ def _set_learning_rate(run: Run, step: int) -> float:
     return rate
 
 
-def _accumulate_gradients(run: Run, batches: list[MicroBatch]) -> float:
-    """Add up the gradients of a step's micro-batches; give the mean loss over its trained tokens.
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """What a step's micro-batches gave, beside the gradients themselves."""
 
-    Every part is divided by the whole step's trained tokens, so the split into micro-batches does not change the gradient.
+    loss: float
+    tokens: int
+    trained_tokens: int
+
+
+def _accumulate_gradients(run: Run, batches: list[MicroBatch]) -> _Gradients:
+    """Add up the gradients of a step's micro-batches; give the mean of the objective's loss.
+
+    Every part is divided by the whole step's count, so the split into micro-batches does not change the gradient.
     """
-    trained = sum(batch.trained_count for batch in batches)
+    count = sum(run.objective.count(batch) for batch in batches)
     run.network.model.train()
     total = 0.0
     for batch in batches:
-        if run.should_stop():
-            raise Stopped
-        loss = run.network.sum_loss(batch) / trained
+        check_stop(run.signals)
+        loss = run.objective.sum_loss(run.network, batch.to(run.network.model.device)) / count
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         total += loss.item()
-    return total
+    penalty = run.trained.penalty()
+    if penalty is not None:
+        penalty.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return _Gradients(total, sum(batch.token_count for batch in batches), sum(batch.trained_count for batch in batches))
 
 
 def _skip(run: Run, position: Position) -> None:
@@ -130,40 +158,51 @@ def _skip(run: Run, position: Position) -> None:
     run.emit(Warned("LOSS_NOT_FINITE", f"Step {position.step} gave no finite loss or gradient; its update was left out."))
 
 
-def _evaluate(run: Run, position: Position) -> None:
-    """Give the mean loss over the held-out records' trained tokens."""
-    if not len(run.held_out):
-        return
-    began = time.perf_counter()
-    run.network.model.eval()
-    loss, tokens = 0.0, 0
-    with torch.no_grad():
-        for group in split_micro_batches(run.held_out, range(len(run.held_out)), run.micro_batch_tokens):
-            if run.should_stop():
-                raise Stopped
-            batch = make_micro_batch(run.held_out, group).to(run.network.model.device)
-            loss += float(run.network.sum_loss(batch))
-            tokens += batch.trained_count
-    mean = loss / tokens
-    if not math.isfinite(mean):
-        run.emit(Warned("LOSS_NOT_FINITE", f"The evaluation after step {position.step} gave no finite loss."))
-        return
-    best = position.best_loss is None or mean < position.best_loss
-    if best:
-        position.best_loss, position.best_step = mean, position.step
-    run.emit(Evaluated(position.step, mean, tokens, records=len(run.held_out), duration_seconds=time.perf_counter() - began, best=best))
+def _evaluate_if_due(run: Run, position: Position) -> bool:
+    """Evaluate where the plan has it and it is not yet done; tell whether these weights are the best so far.
+
+    Nothing is said or noted before the whole evaluation is done: one that a pause cut short is made again.
+    """
+    step = position.step
+    due = step == 0 or step == run.plan.total_steps or step % run.settings.evaluate_every_steps == 0
+    if not due or position.evaluated_step == step:
+        return False
+    check = partial(check_signals, run.signals)
+    evaluation = evaluate(run.network, run.objective, run.held_out, run.micro_batch_tokens, check) if len(run.held_out) else None
+    samples = run.sampler.answer(check) if run.sampler is not None else []
+    position.evaluated_step = step
+    best = evaluation is not None and _take_evaluation(run, position, evaluation)
+    for prompt, text in samples:
+        run.emit(Sampled(step, prompt, text))
+    return best
 
 
-def _describe_step(run: Run, position: Position, clock: "_Clock", *, loss: float, rate: float, norm: float, trained: int) -> StepDone:
+def _take_evaluation(run: Run, position: Position, evaluation: Evaluation) -> bool:
+    """Note and log an evaluation; tell whether it is the best so far."""
+    step, loss = position.step, evaluation.loss
+    best = note_loss(position, run.settings, loss)
+    if math.isfinite(loss):
+        run.emit(Evaluated(step, loss, evaluation.tokens, len(run.held_out), evaluation.seconds, best))
+    else:
+        run.emit(Warned("LOSS_NOT_FINITE", f"The evaluation after step {step} gave no finite loss."))
+    if is_patience_over(run.settings, position) and step < run.plan.total_steps:
+        since = position.evaluations_without_improvement
+        run.emit(
+            Warned("STOPPED_EARLY", f"Training stops after step {step} of {run.plan.total_steps}: {since} evaluations gave nothing.")
+        )
+    return best
+
+
+def _describe_step(run: Run, position: Position, clock: "_Clock", gradients: _Gradients, *, rate: float, norm: float) -> StepDone:
     return StepDone(
         step=position.step,
         total_steps=run.plan.total_steps,
         epoch=run.plan.epoch_after_step(position.step),
-        loss=loss,
+        loss=gradients.loss,
         learning_rate=rate,
         gradient_norm=norm,
         tokens=position.tokens,
-        trained_tokens=trained,
+        trained_tokens=gradients.trained_tokens,
         tokens_per_second=clock.tokens_per_second,
         eta_seconds=clock.seconds_per_step * (run.plan.total_steps - position.step),
         memory_bytes=read_memory_bytes(),

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from server.basemodels.sources import BaseModelSource
+from server.childprocess import Signals
+from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.events import ChildEvent
-from server.domain.orders import FineTuneOrder
+from server.domain.orders import DatasetFile, FineTuneOrder
 from server.domain.specs import FineTuneSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import ArtefactStore
@@ -57,6 +59,11 @@ def make_parameters() -> TrainingParameters:
     )
 
 
+def describe_dataset(dataset_id: str, kind: RecordKind = RecordKind.CHAT) -> DatasetFile:
+    """Describe a dataset file of JSON lines in the storage of a workplace."""
+    return DatasetFile(f"default/datasets/{dataset_id}.jsonl", "0" * 64, DatasetFormat.JSONL, kind, 20)
+
+
 @dataclass(slots=True)
 class Workplace:
     """A storage root with a dataset and a tiny base model."""
@@ -71,7 +78,7 @@ class Workplace:
         write_records(root / "storage" / "default/datasets/ds_1.jsonl", make_records(20))
         technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
         spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
-        order = FineTuneOrder("job_1", 1, spec, "default/datasets/ds_1.jsonl", "default/jobs/job_1", "default/models/mdl_1/job_1-1")
+        order = FineTuneOrder("job_1", 1, spec, describe_dataset("ds_1"), "default/jobs/job_1", "default/models/mdl_1/job_1-1")
         return cls(root, order)
 
     @property
@@ -84,7 +91,12 @@ class Workplace:
         changed = replace(self.order.spec.parameters, **parameters)  # type: ignore[arg-type]  # names are checked by replace
         self.order = replace(self.order, spec=replace(self.order.spec, parameters=changed))
 
-    def train(self, should_stop: Callable[[], bool] = lambda: False, emit: Callable[[ChildEvent], None] | None = None) -> list[ChildEvent]:
+    def train(
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        should_pause: Callable[[], bool] = lambda: False,
+        emit: Callable[[ChildEvent], None] | None = None,
+    ) -> list[ChildEvent]:
         """Do the order; give the events."""
         events: list[ChildEvent] = []
 
@@ -94,5 +106,5 @@ class Workplace:
                 emit(event)
 
         source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.root / "models"], offline=True)
-        run_fine_tune(self.order, self.store, source, take, should_stop)
+        run_fine_tune(self.order, self.store, source, take, Signals(should_stop, should_pause))
         return events

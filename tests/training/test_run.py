@@ -18,7 +18,7 @@ from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import MANIFEST_NAME
 from server.training.artefact import WEIGHTS_NAME, try_result
 from tests.tiny_models import CHATML, FAMILIES
-from tests.training.building import Workplace, make_records
+from tests.training.building import Workplace, describe_dataset, make_records
 
 E = TypeVar("E", bound=ChildEvent)
 
@@ -206,7 +206,7 @@ def test_an_unknown_or_unsafe_base_model_fails_with_its_reason_and_no_path(workp
 def test_a_separate_evaluation_set_is_used_whole(workplace: Workplace) -> None:
     path = workplace.root / "storage" / "default/datasets/ds_2.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in make_records(7)))
-    workplace.order = replace(workplace.order, eval_dataset_path="default/datasets/ds_2.jsonl")
+    workplace.order = replace(workplace.order, eval_dataset=describe_dataset("ds_2"))
     (started,) = of(workplace.train(), Started)
     assert (started.train_records, started.eval_records) == (20, 7)
 
