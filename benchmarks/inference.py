@@ -24,6 +24,7 @@ from server.domain.generation import GenerationFinished, GenerationParameters, G
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
+from server.storage.artefacts import ArtefactStore
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT_TEXT = "The harbour master of a small town keeps a book of every ship that comes and goes, with its cargo and its captain. "
@@ -130,7 +131,7 @@ def save_adapters(directory: Path, target: Path) -> list[str]:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=1e-3)
         names.append(f"adapter-{number}")
-        peft.save_pretrained(target / names[-1])
+        ArtefactStore(target).write(names[-1], lambda directory: peft.save_pretrained(directory) or {"kind": "adapter"})
     return names
 
 
@@ -138,7 +139,7 @@ async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence
     """Measure the engine alone, with many streams, and with many streams over many adapters."""
     engine = EmbeddedEngine(
         base_models=Directory(directory),
-        resolve_adapter=lambda reference: storage / (reference.adapter_path or ""),
+        versions=ArtefactStore(storage),
         embedder=None,
         options=LoadingOptions(BatchLimits(max_rows=STREAMS)),
         max_model_bytes=1 << 40,

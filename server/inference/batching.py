@@ -41,7 +41,10 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class Generation:
-    """One request on its way through a batch. `request_id` is the batch's name for it; `adapter` None is the bare base."""
+    """One request on its way through a batch. `request_id` is the batch's name for it; `adapter` None is the bare base.
+
+    `prefix` [layers, 2 x key heads, tokens, head size] is what the cache holds before the prompt: a version's virtual tokens.
+    """
 
     request_id: str
     prompt_ids: Sequence[int]
@@ -50,6 +53,7 @@ class Generation:
     sampling: SamplingState
     transcript: Transcript
     adapter: NamedAdapter | None = None
+    prefix: torch.Tensor | None = None
     received_seconds: float = field(default_factory=time.monotonic)
     started_seconds: float = 0.0
     first_token_seconds: float = 0.0
@@ -64,14 +68,19 @@ class Generation:
         return None if self.adapter is None else self.adapter.name
 
     @property
+    def prefix_tokens(self) -> int:
+        """Virtual tokens before the prompt."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
+
+    @property
     def reserved_tokens(self) -> int:
         """Cache tokens that it may come to need."""
-        return len(self.prompt_ids) + self.max_new_tokens
+        return self.prefix_tokens + len(self.prompt_ids) + self.max_new_tokens
 
     @property
     def unread_tokens(self) -> int:
         """Prompt tokens that the model has not seen yet."""
-        return len(self.prompt_ids) - self.cached_tokens
+        return self.prefix_tokens + len(self.prompt_ids) - self.cached_tokens
 
     def finish(self, reason: FinishReason) -> GenerationFinished:
         """Make the final event."""
@@ -179,6 +188,9 @@ class Batch:
             self._free_rows.remove(generation.row)
             self._reserved_tokens += generation.reserved_tokens
             generation.started_seconds = time.monotonic()
+            if generation.prefix is not None:
+                self._cache.put_prefix(generation.row, generation.prefix)
+                generation.cached_tokens = generation.prefix_tokens
             self._reading.append(generation)
         return outputs
 
@@ -211,10 +223,11 @@ class Batch:
     def _read_piece(self, generation: Generation, tokens: int) -> torch.Tensor | None:
         """Read so many more prompt tokens; give the logits [1, vocabulary] after the last one."""
         start, end = generation.cached_tokens, generation.cached_tokens + tokens
-        is_last = end == len(generation.prompt_ids)
+        is_last = tokens == generation.unread_tokens
         positions = torch.arange(start, end, device=self._device).unsqueeze(0)
         step = Step(generation.row, positions, end, self._decoder.cache_shape.dtype)
-        token_ids = torch.tensor([list(generation.prompt_ids[start:end])], device=self._device)
+        first = start - generation.prefix_tokens
+        token_ids = torch.tensor([list(generation.prompt_ids[first : first + tokens])], device=self._device)
         self._adapters.select([generation.adapter_name])
         logits = self._decoder.forward(token_ids, step, self._cache, wants_logits=is_last)
         generation.cached_tokens = end

@@ -125,6 +125,14 @@ class RowCache(Cache):
         step = self._current()
         return step.longest_tokens - step.positions.shape[1]
 
+    def put_prefix(self, row: int, prefix: torch.Tensor) -> None:
+        """Begin a row with ready keys and values [layers, 2 x heads, tokens, head size], keys first."""
+        self._pool[row, :, :, : prefix.shape[2]] = prefix
+
+    def copy_row(self, row: int) -> torch.Tensor:
+        """Give a copy of a whole row, as `put_prefix` takes it."""
+        return self._pool[row].clone()
+
     def move_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of one row to another."""
         self._pool[target, :, :, :tokens] = self._pool[source, :, :, :tokens]

@@ -1,5 +1,7 @@
 """A causal language model made ready for batches of rows: row attention, merged layers, adapters, and the shape of its cache."""
 
+from dataclasses import replace
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
@@ -21,6 +23,7 @@ class Decoder:
         if getattr(config, "alibi", False):
             raise _unsupported("its positions are linear biases (ALiBi)")
         self.context_tokens = count_context_tokens(model)
+        self.embedding_width = int(model.get_input_embeddings().weight.shape[1])
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._model = model
         with torch.inference_mode():
@@ -36,17 +39,35 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, step: Step, cache: RowCache, *, wants_logits: bool) -> torch.Tensor | None:
         """Run new tokens [rows, new tokens]; give the logits [rows, vocabulary] after each row's last one, if wanted."""
+        arguments = self._begin(step, cache)
+        if not wants_logits:
+            self._model.base_model(input_ids=token_ids, **arguments)
+            return None
+        logits: torch.Tensor = self._model(input_ids=token_ids, **arguments, logits_to_keep=1).logits[:, -1]
+        return self._refiner.refine(logits) if self._refiner is not None else logits
+
+    @torch.inference_mode()
+    def compute_prefix(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Run virtual tokens, given as embeddings [tokens, width], through the bare base; give their keys and values as a cache takes them.
+
+        Belongs to the thread that steps this model.
+        """
+        tokens = embeddings.shape[0]
+        cache = RowCache(replace(self.cache_shape, tokens_per_row=tokens), rows=1)
+        positions = torch.arange(tokens, device=self.cache_shape.device).unsqueeze(0)
+        self.adapters.select([None])
+        arguments = self._begin(Step(0, positions, tokens, self.cache_shape.dtype), cache)
+        self._model.base_model(inputs_embeds=embeddings.to(self.cache_shape.device, self.cache_shape.dtype).unsqueeze(0), **arguments)
+        return cache.copy_row(0)
+
+    def _begin(self, step: Step, cache: RowCache) -> dict[str, object]:
         cache.begin(step)
-        arguments: dict[str, object] = {"input_ids": token_ids, "position_ids": step.positions, "past_key_values": cache, "use_cache": True}
+        arguments: dict[str, object] = {"position_ids": step.positions, "past_key_values": cache, "use_cache": True}
         if self._has_row_attention:
             arguments["step"] = step
         else:
             arguments["attention_mask"] = step.mask(None, 1)
-        if not wants_logits:
-            self._model.base_model(**arguments)
-            return None
-        logits: torch.Tensor = self._model(**arguments, logits_to_keep=1).logits[:, -1]
-        return self._refiner.refine(logits) if self._refiner is not None else logits
+        return arguments
 
 
 def _probe_cache(model: PreTrainedModel, context_tokens: int) -> CacheShape:

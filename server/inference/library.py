@@ -7,7 +7,6 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,9 +18,11 @@ from server.basemodels.loading import load_causal_model, load_tokenizer, preferr
 from server.basemodels.rendering import find_stop_token_ids, render, render_completion
 from server.domain.errors import InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationRequest, ModelReference
+from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
 from server.inference.batching import Batch, BatchLimits, Generation
 from server.inference.decoder import Decoder
-from server.inference.lora import NamedAdapter, read_adapter
+from server.inference.lora import NamedAdapter
+from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights
 from server.inference.sampling import SamplingState
 from server.inference.transcript import Transcript
 
@@ -48,10 +49,6 @@ class BaseModelResolver(Protocol):
         """Give a verified local directory. Blocking. Raises ServiceError."""
 
 
-# Gives the content-checked directory of a reference's adapter. Blocking. Raises ServiceError where it is gone or damaged.
-AdapterResolver = Callable[[ModelReference], Path]
-
-
 @dataclass(frozen=True)
 class Voice:
     """What turns requests to tokens and back: a tokenizer with its chat template, and the tokens that end an answer."""
@@ -62,15 +59,21 @@ class Voice:
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter's matrices, and the voice that it was trained with."""
+    """What a version adds to shared weights, matrices or a prefix of virtual tokens, and the voice that it was trained with."""
 
     model_id: str
-    named: NamedAdapter
     voice: Voice
+    matrices: NamedAdapter | None = None
+    prefix: torch.Tensor | None = None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Virtual tokens before each prompt."""
+        return 0 if self.prefix is None else self.prefix.shape[2]
 
 
 class LoadedModel:
-    """A base model in memory with the batch of all requests to it."""
+    """Weights in memory with the batch of all requests to them."""
 
     def __init__(self, decoder: Decoder, voice: Voice, limits: BatchLimits) -> None:
         self.decoder, self.voice = decoder, voice
@@ -79,6 +82,11 @@ class LoadedModel:
         self.adapters: OrderedDict[str, LoadedAdapter] = OrderedDict()  # by name, least recently used first; they fit this model only
         self.users = 0  # requests between their arrival and their end; counted on the event loop
         self.last_use = 0.0
+        self.is_forgotten = False  # its version was deleted: it leaves with its last user
+
+    def count_context_tokens(self, adapter: LoadedAdapter | None) -> int:
+        """Give what prompts and answers have of the context: virtual tokens take their part."""
+        return self.context_tokens - (0 if adapter is None else adapter.prefix_tokens)
 
     def prepare(self, request_name: str, request: GenerationRequest, adapter: LoadedAdapter | None, received_seconds: float) -> Generation:
         """Render the prompt and fix what the request left open. Raises InvalidInput where the prompt leaves no room for an answer."""
@@ -90,9 +98,10 @@ class LoadedModel:
         field_name = "messages" if request.prompt is None else "prompt"
         if not prompt_ids:
             raise InvalidInput.field(field_name, "is empty", "PROMPT_EMPTY")
-        room = self.context_tokens - len(prompt_ids)
+        context = self.count_context_tokens(adapter)
+        room = context - len(prompt_ids)
         if room < 1:
-            description = f"has {len(prompt_ids)} tokens, and the model's context is {self.context_tokens}, one of which the answer needs"
+            description = f"has {len(prompt_ids)} tokens, and the model's context is {context}, one of which the answer needs"
             raise InvalidInput.field(field_name, description, "PROMPT_TOO_LONG")
         parameters = request.parameters
         seed = parameters.seed if parameters.seed is not None else secrets.randbits(SEED_BITS)
@@ -103,7 +112,8 @@ class LoadedModel:
             stop_ids=voice.stop_ids,
             sampling=SamplingState(parameters, seed, prompt_ids),
             transcript=Transcript(voice.tokenizer, parameters.stop),
-            adapter=None if adapter is None else adapter.named,
+            adapter=None if adapter is None else adapter.matrices,
+            prefix=None if adapter is None else adapter.prefix,
             received_seconds=received_seconds,
         )
 
@@ -118,13 +128,38 @@ class LoadingOptions:
     device: str = "cpu"
 
 
-def load_model(directory: Path, options: LoadingOptions) -> LoadedModel:
-    """Load a base model from a verified directory. Raises ServiceError; memory that runs out is ResourceExhausted."""
+@dataclass(frozen=True)
+class WeightFiles:
+    """The checked directories that weights are made of: a base model's, and a version's where they are its own."""
+
+    base: Path
+    version: Path | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """About what the weights take in memory."""
+        whole = self.version is not None and (self.version / "config.json").exists()
+        directory = self.version if self.version is not None and whole else self.base
+        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def find_files(plan: ServingPlan, reference: ModelReference, bases: BaseModelResolver, versions: VersionFiles) -> WeightFiles:
+    """Find and check the files of a plan's weights. Blocking: every byte of a version is read. Raises ServiceError."""
+    if not plan.weights.version:
+        return WeightFiles(bases.resolve(reference.base_model).directory)
+    version = versions.open(reference.adapter_path or "", reference.manifest_sha256).directory
+    return WeightFiles(bases.resolve(reference.base_model).directory if plan.is_merged else version, version)
+
+
+def load_model(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -> LoadedModel:
+    """Load weights from verified directories. Raises ServiceError; memory that runs out is ResourceExhausted."""
     start = time.monotonic()
     try:
-        tokenizer = load_tokenizer(directory)
-        model = load_causal_model(directory, dtype=options.dtype or preferred_dtype(options.device), device=options.device)
-        stop_ids = find_stop_ids(tokenizer, model.generation_config)
+        voice_directory = files.version or files.base
+        tokenizer = load_tokenizer(voice_directory)
+        model = _load_weights(files, plan, options)
+        # An adapter's tokenizer knows how its answers end; what its base ended at does not count any more.
+        stop_ids = find_stop_ids(tokenizer, None if plan.is_merged else model.generation_config)
         decoder = Decoder(_freeze(model), max_adapter_ranks=options.max_adapter_ranks)
         loaded = LoadedModel(decoder, Voice(tokenizer, stop_ids), options.limits)
     except (MemoryError, torch.OutOfMemoryError, OSError) as error:
@@ -134,16 +169,46 @@ def load_model(directory: Path, options: LoadingOptions) -> LoadedModel:
     return loaded
 
 
-def load_adapter(name: str, model_id: str, directory: Path, model: LoadedModel) -> LoadedAdapter:
-    """Load an adapter for a model that is loaded, with its tokenizer where it brings one. Raises ServiceError."""
-    start = time.monotonic()
-    adapter = read_adapter(directory, model.decoder.adapters.places)
-    voice = model.voice
+def _load_weights(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -> PreTrainedModel:
+    model = load_causal_model(files.base, dtype=options.dtype or preferred_dtype(options.device), device=options.device)
+    weights: Weights = plan.weights
+    # bitsandbytes and peft take seconds to import: most engines never need them.
+    if weights.quantization is not None:
+        from server.basemodels.quantization import dequantize_in_place
+
+        dequantize_in_place(model, weights.quantization, weights.double_quantization)
+    if plan.is_merged and files.version is not None:
+        from server.basemodels.merging import attach_adapter, merge_adapter
+
+        model = merge_adapter(attach_adapter(model, files.version))
+    return model
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What a version's files say: matrices or prefix as they are, or embeddings that the model must still turn to a prefix."""
+
+    voice: Voice
+    matrices: NamedAdapter | None = None
+    prefix: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+
+
+def read_adapter(plan: ServingPlan, directory: Path, model: LoadedModel) -> AdapterFiles:
+    """Read what a version adds to a model that is loaded, and its tokenizer where it brings one. Raises ServiceError."""
+    start, decoder, voice = time.monotonic(), model.decoder, model.voice
     if (directory / "tokenizer_config.json").exists():
         tokenizer = load_tokenizer(directory)
         voice = Voice(tokenizer, find_stop_ids(tokenizer, None))
-    logger.info("adapter of rank %d loaded in %.2f s", adapter.rank, time.monotonic() - start)
-    return LoadedAdapter(model_id, NamedAdapter(name, adapter), voice)
+    match plan.addition:
+        case Addition.EMBEDDINGS:
+            read = AdapterFiles(voice, embeddings=read_embeddings(directory, decoder.embedding_width))
+        case Addition.KEY_VALUES:
+            read = AdapterFiles(voice, prefix=read_key_values(directory, decoder.cache_shape))
+        case _:
+            read = AdapterFiles(voice, NamedAdapter(plan.name, read_low_rank(directory, decoder.adapters.places)))
+    logger.info("adapter (%s) read in %.2f s", plan.addition.value, time.monotonic() - start)
+    return read
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:

@@ -1,32 +1,15 @@
-"""LoRA adapters: read from a peft directory, checked tensor by tensor, and kept in one pool of ranks beside the base weights.
+"""One pool of adapter ranks beside the base weights: low-rank adapters of many requests, computed in one batch.
 
-An adapter that cannot be computed exactly as peft computes it is refused; nothing in a file is ever left unused.
+Knows no files: `adapterfiles.py` reads what is put in here.
 """
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from server.domain.errors import FailedPrecondition, ResourceExhausted, Unimplemented
+from server.domain.errors import ResourceExhausted
 from server.inference.projections import AdapterSelection, Projection, RankPool
-
-ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-TENSOR_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight$")
-# Options of peft 0.21 under which an adapter is more than two matrices per layer. Unset or one of these values, they change nothing.
-PLAIN_VALUES: tuple[object, ...] = (None, False, "", "none", (), {}, [])
-UNSUPPORTED_OPTIONS = (
-    "use_dora", "lora_bias", "bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "arrow_config", "kasa_config",
-)  # fmt: skip
-# Ways to start the matrices that leave the base weights as they are. Others (pissa, olora, corda, …) change the base while training.
-PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 Places = Mapping[str, tuple[Projection, int]]
 Matrices = Mapping[tuple[Projection, int], tuple[torch.Tensor, torch.Tensor]]
@@ -46,80 +29,6 @@ class NamedAdapter:
 
     name: str
     adapter: Adapter
-
-
-def read_adapter(directory: Path, places: Places) -> Adapter:
-    """Read a peft directory for a model whose projections are known by their module paths.
-
-    Raises FailedPrecondition (ADAPTER_INVALID) for files that do not fit, Unimplemented (ADAPTER_NOT_SUPPORTED) for other methods.
-    """
-    config = _read_config(directory)
-    try:
-        tensors = load_file(directory / ADAPTER_WEIGHTS_NAME)
-    except (OSError, SafetensorError) as error:
-        raise _invalid("its weights cannot be read") from error
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = TENSOR_KEY.match(key)
-        if match is None or match["path"] not in places:
-            raise _invalid(f"tensor {key!r} has no place in the base model")
-        if not torch.isfinite(tensor).all():
-            raise _invalid(f"tensor {key!r} is not finite")
-        sides.setdefault(match["path"], {})[match["side"]] = tensor.float()
-    if not sides:
-        raise _invalid("it holds no tensor")
-    matrices = {places[path]: _check_pair(path, pair, places[path], _find_scale(config, path, pair)) for path, pair in sides.items()}
-    return Adapter(max(down.shape[0] for down, _ in matrices.values()), matrices)
-
-
-def _read_config(directory: Path) -> Mapping[str, object]:
-    try:
-        config = json.loads((directory / ADAPTER_CONFIG_NAME).read_text())
-    except (OSError, ValueError) as error:
-        raise _invalid("its configuration cannot be read") from error
-    if not isinstance(config, dict):
-        raise _invalid("its configuration is not an object")
-    if config.get("peft_type") != "LORA":
-        raise _unsupported(f"method {config.get('peft_type')}")
-    for option in UNSUPPORTED_OPTIONS:
-        if config.get(option) not in PLAIN_VALUES:
-            raise _unsupported(option)
-    if config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
-        raise _unsupported(f"init_lora_weights {config['init_lora_weights']!r}")
-    return config
-
-
-def _find_scale(config: Mapping[str, object], path: str, pair: Mapping[str, torch.Tensor]) -> float:
-    """Compute alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732), with peft's per-module patterns."""
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if isinstance(patterns, dict):
-        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), alpha)
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or "A" not in pair:
-        raise _invalid("its scale is not a number" if "A" in pair else f"{path!r} has no A matrix")
-    rank = pair["A"].shape[0]
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _check_pair(
-    path: str, pair: Mapping[str, torch.Tensor], place: tuple[Projection, int], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    projection, part = place
-    if set(pair) != {"A", "B"}:
-        raise _invalid(f"{path!r} has only one of its two matrices")
-    down, up = pair["A"], pair["B"]
-    fits = down.dim() == up.dim() == 2 and down.shape[1] == projection.in_features and up.shape[0] == projection.part_features[part]
-    if not fits or down.shape[0] != up.shape[1]:
-        raise _invalid(f"{path!r} has matrices {tuple(down.shape)} and {tuple(up.shape)}, which the base model cannot take")
-    return down, up * scale
-
-
-def _invalid(what: str) -> FailedPrecondition:
-    return FailedPrecondition(f"The adapter cannot be loaded: {what}.", reason="ADAPTER_INVALID")
-
-
-def _unsupported(what: str) -> Unimplemented:
-    return Unimplemented(f"The adapter uses {what}, which this engine does not compute yet.", reason="ADAPTER_NOT_SUPPORTED")
 
 
 @dataclass

@@ -90,7 +90,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A loaded base model: its weights, its context, and how busy its batch is."""
+    """Weights in memory, their context, and how busy their batch is. `variant` is empty for a base model as it is."""
 
     base_model: str
     weight_bytes: int
@@ -99,6 +99,7 @@ class ModelStatus:
     running_requests: int
     waiting_requests: int
     reserved_cache_tokens: int
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from server.domain.errors import NotFound
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
+from server.storage.artefacts import ArtefactStore
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def make_engine(table: dict[str, Path], storage: Path, limits: BatchLimits | Non
     """Make an engine over tiny models in float32."""
     return EmbeddedEngine(
         base_models=Directories(table),
-        resolve_adapter=lambda reference: storage / (reference.adapter_path or ""),
+        versions=ArtefactStore(storage),
         embedder=None,
         options=LoadingOptions(limits or BatchLimits(max_rows=8, max_waiting=8, cache_tokens=4096), dtype=torch.float32),
         max_model_bytes=max_model_bytes,

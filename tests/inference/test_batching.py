@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from server.domain.errors import ResourceExhausted, ServiceError
 from server.domain.generation import FinishReason, GenerationFinished, GenerationParameters
 from server.inference.batching import Batch, BatchLimits, Generation
-from server.inference.library import LoadedModel, LoadingOptions, load_model
+from server.inference.library import LoadedModel, LoadingOptions, WeightFiles, load_model
+from server.inference.plans import ServingPlan, Weights
 from server.inference.sampling import SamplingState
 from server.inference.transcript import Transcript
 
@@ -22,7 +23,7 @@ _names: Iterator[int] = count()
 
 
 def load(directory: Path, limits: BatchLimits = LIMITS) -> LoadedModel:
-    return load_model(directory, LoadingOptions(limits, dtype=torch.float32))
+    return load_model(WeightFiles(directory), ServingPlan("", Weights("tiny")), LoadingOptions(limits, dtype=torch.float32))
 
 
 def make_generation(model: LoadedModel, prompt_ids: Sequence[int], tokens: int = 12, **parameters: object) -> Generation:

@@ -11,6 +11,7 @@ from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Res
 from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
+from server.storage.artefacts import ArtefactStore, Described
 from tests.inference.asking import ask, ask_chat, collect
 from tests.inference.conftest import save_adapter
 from tests.inference.engines import make_engine
@@ -139,8 +140,14 @@ async def test_adapters_share_a_base_and_a_bad_one_fails_only_its_own_requests(
     engine: EmbeddedEngine, tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for name in ("one", "two", "bad"):
-        save_adapter(tiny("llama"), tmp_path / name, rank=4, seed=len(name) + ord(name[0]))
-    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"no tensors")
+
+        def fill(directory: Path, name: str = name) -> dict[str, Described]:
+            save_adapter(tiny("llama"), directory, rank=4, seed=len(name) + ord(name[0]))
+            if name == "bad":
+                (directory / "adapter_model.safetensors").write_bytes(b"no tensors")
+            return {"kind": "adapter"}
+
+        ArtefactStore(tmp_path).write(name, fill)
     requests = [ask("The river", adapter=name) for name in ("one", "two", "bad", None)]
     results = await asyncio.gather(*(collect(engine.generate(request)) for request in requests), return_exceptions=True)
     assert isinstance(results[2], FailedPrecondition)

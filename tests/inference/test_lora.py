@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from server.domain.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unimplemented
+from server.inference.adapterfiles import read_low_rank
 from server.inference.batching import Batch
 from server.inference.cache import RowCache, Step
 from server.inference.decoder import Decoder
 from server.inference.library import LoadedModel
-from server.inference.lora import AdapterPool, NamedAdapter, read_adapter
+from server.inference.lora import AdapterPool, NamedAdapter
 from server.inference.projections import AdapterSelection
 from tests.inference.conftest import LINEARS, save_adapter
 from tests.inference.test_batching import load, make_generation, run
@@ -49,7 +50,7 @@ def batched_logits(decoder: Decoder, names: list[str | None]) -> torch.Tensor:
 
 
 def put(model: LoadedModel, name: str, directory: Path) -> NamedAdapter:
-    adapter = read_adapter(directory, model.decoder.adapters.places)
+    adapter = read_low_rank(directory, model.decoder.adapters.places)
     assert model.decoder.adapters.acquire(name, adapter)
     return NamedAdapter(name, adapter)
 
@@ -85,14 +86,14 @@ def test_generations_with_different_adapters_share_a_batch_and_say_what_they_say
     for name in names:
         model = load(base)
         generation = make_generation(model, PROMPT)
-        generation.adapter = None if name is None else NamedAdapter(name, read_adapter(directories[name], model.decoder.adapters.places))
+        generation.adapter = None if name is None else NamedAdapter(name, read_low_rank(directories[name], model.decoder.adapters.places))
         alone[name] = run(model.batch, generation)[generation.request_id]
     model = load(base)
     together = {}
     for name in alone:
         together[name] = make_generation(model, PROMPT)
         if name is not None:
-            together[name].adapter = NamedAdapter(name, read_adapter(directories[name], model.decoder.adapters.places))
+            together[name].adapter = NamedAdapter(name, read_low_rank(directories[name], model.decoder.adapters.places))
     said = run(model.batch, *together.values())
     assert {name: said[generation.request_id] for name, generation in together.items()} == alone
     assert len({tuple(tokens) for tokens in alone.values()}) == 4
@@ -119,14 +120,14 @@ def make_pool(model: LoadedModel, max_ranks: int) -> AdapterPool:
 def test_the_pool_drops_who_was_idle_longest_and_keeps_who_is_used(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     model = load(tiny("llama"))
     pool = make_pool(model, max_ranks=8)
-    adapters = {n: read_adapter(save_adapter(tiny("llama"), tmp_path / n, rank=4, seed=ord(n)), pool.places) for n in "abc"}
+    adapters = {n: read_low_rank(save_adapter(tiny("llama"), tmp_path / n, rank=4, seed=ord(n)), pool.places) for n in "abc"}
     assert pool.acquire("a", adapters["a"])
     assert pool.acquire("b", adapters["b"])
     assert not pool.acquire("c", adapters["c"])
     pool.release("b")
     assert pool.acquire("c", adapters["c"])
     assert set(pool.names) == {"a", "c"}
-    big = read_adapter(save_adapter(tiny("llama"), tmp_path / "big", rank=9, seed=9), pool.places)
+    big = read_low_rank(save_adapter(tiny("llama"), tmp_path / "big", rank=9, seed=9), pool.places)
     with pytest.raises(ResourceExhausted, match="rank 9 is over"):
         pool.acquire("big", big)
 
@@ -139,7 +140,7 @@ def test_a_request_waits_until_its_adapter_fits(tiny: Callable[[str], Path], tmp
     for number in (1, 2):
         directory = save_adapter(tiny("llama"), tmp_path / str(number), rank=3, seed=number)
         generation = make_generation(model, PROMPT, 4)
-        generation.adapter = NamedAdapter(str(number), read_adapter(directory, model.decoder.adapters.places))
+        generation.adapter = NamedAdapter(str(number), read_low_rank(directory, model.decoder.adapters.places))
         generations.append(generation)
         batch.submit(generation)
     batch.step()
@@ -171,7 +172,7 @@ def test_what_cannot_be_computed_exactly_is_refused(
     directory = save_adapter(tiny("llama"), tmp_path, rank=4, seed=1)
     rewrite_config(directory, **changes)
     with pytest.raises(error):
-        read_adapter(directory, load(tiny("llama")).decoder.adapters.places)
+        read_low_rank(directory, load(tiny("llama")).decoder.adapters.places)
 
 
 @pytest.mark.parametrize("damage", ["stranger", "half", "shape", "infinite", "truncated", "missing", "empty", "no_config"])
@@ -198,6 +199,6 @@ def test_an_adapter_with_a_tensor_out_of_place_is_refused(damage: str, tiny: Cal
     elif damage == "no_config":
         (directory / "adapter_config.json").write_text("{")
     with pytest.raises(FailedPrecondition) as refused:
-        read_adapter(directory, load(tiny("llama")).decoder.adapters.places)
+        read_low_rank(directory, load(tiny("llama")).decoder.adapters.places)
     assert refused.value.reason == "ADAPTER_INVALID"
     assert str(tmp_path) not in str(refused.value)

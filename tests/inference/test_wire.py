@@ -19,6 +19,7 @@ from server.inference.client import EngineClient
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
 from server.inference.server import serve
+from server.storage.artefacts import ArtefactStore
 from tests.inference.asking import Answer, ask, collect
 from tests.inference.engines import Directories, make_engine
 from tests.tiny_models import CONTEXT_TOKENS
@@ -114,7 +115,7 @@ async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Pat
 
     engine = EmbeddedEngine(
         base_models=Directories({}),
-        resolve_adapter=lambda _: tmp_path,
+        versions=ArtefactStore(tmp_path),
         embedder=Lengths(),
         options=LoadingOptions(BatchLimits()),
         max_model_bytes=1,
