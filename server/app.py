@@ -175,7 +175,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     store = _open_artefacts(settings)
     engine = EmbeddedEngine(
         base_models=source,
-        resolve_adapter=lambda model: store.open(model.adapter_path or "", model.manifest_sha256).directory,
+        versions=store,
         embedder=_Listing(Embedder(lambda name: source.resolve(name).directory)),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
