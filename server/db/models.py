@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, delete, exists, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Row, Select, and_, cast, delete, exists, func, insert, or_, select, true, update
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.failures import violated_constraint
-from server.db.tables import IS_ACTIVE, documents, jobs, model_versions, models
+from server.db.tables import IS_ACTIVE, documents, jobs, model_exports, model_versions, models
 from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
-from server.domain.models import Model, ModelState, ModelType, ModelVersion, RagConfiguration
-from server.domain.specs import FineTuneSpec
+from server.domain.jobs import JobKind
+from server.domain.models import Model, ModelExport, ModelState, ModelType, ModelVersion, RagConfiguration
+from server.domain.specs import ExportFormat, FineTuneSpec
 from server.services.codec import Codec
 from server.services.ports import ModelFilter, Page
 
@@ -38,9 +40,9 @@ class PostgresModels:
             model_id=model.model_id,
             type=model.type,
             base_model=model.base_model,
-            technique=model.technique,
             create_time=model.create_time,
             update_time=model.update_time,
+            last_version=0,
             **_changeable(model),
         )
         await self._write(row, model)
@@ -67,7 +69,10 @@ class PostgresModels:
         return [model_from_row(row) for row in await self._connection.execute(_with_counts(chosen))]
 
     async def save(self, model: Model) -> None:
-        """Write the fields that may change: names, labels, state, error, serving_version, rag. Sets update_time. Raises NotFound."""
+        """Write the fields that may change: names, labels, state, error, serving_version, technique, rag. Sets update_time.
+
+        Raises NotFound.
+        """
         row = update(models).where(*self._own(model.model_id)).values(update_time=func.clock_timestamp(), **_changeable(model))
         if not await self._write(row, model):
             raise NotFound.of("model", model.model_id)
@@ -79,8 +84,9 @@ class PostgresModels:
         """
         await self.get(model_id, lock=True)
         mine = (jobs.c.organization == self._organization, jobs.c.model_id == model_id)
-        if await self._connection.scalar(select(exists().where(*mine, IS_ACTIVE))):
-            raise FailedPrecondition("A job of the model is not finished.", reason="MODEL_IN_USE", metadata={"model_id": model_id})
+        using = (jobs.c.organization == self._organization, IS_ACTIVE, uses_model(self._organization, model_id))
+        if await self._connection.scalar(select(exists().where(*using))):
+            raise FailedPrecondition("A job that uses the model is not finished.", reason="MODEL_IN_USE", metadata={"model_id": model_id})
         await self._connection.execute(delete(jobs).where(*mine))
         try:
             await self._connection.execute(delete(models).where(*self._own(model_id)))
@@ -104,14 +110,38 @@ class PostgresModels:
         row = (await self._connection.execute(select(model_versions).where(*conditions))).one_or_none()
         if row is None:
             raise NotFound.of("model version", f"{model_id} version {version}")
-        return version_from_row(row)
+        return version_from_row(row, await self._read_exports(model_id, [version]))
 
-    async def list_versions(self, model_id: str) -> Sequence[ModelVersion]:
-        """List the versions, newest first."""
+    async def list_versions(self, model_id: str, size: int, before: int | None = None) -> Sequence[ModelVersion]:
+        """List the versions with their exports, newest first: at most `size`, below the number `before`."""
         if not is_id(model_id, MODEL):
             return []
-        query = select(model_versions).where(*self._versions_of(model_id)).order_by(model_versions.c.version.desc())
-        return [version_from_row(row) for row in await self._connection.execute(query)]
+        conditions = [*self._versions_of(model_id)]
+        conditions += [model_versions.c.version < min(before, MAX_INTEGER)] if before is not None else []
+        query = select(model_versions).where(*conditions).order_by(model_versions.c.version.desc()).limit(size)
+        rows = (await self._connection.execute(query)).all()
+        exports = await self._read_exports(model_id, [row.version for row in rows])
+        return [version_from_row(row, exports) for row in rows]
+
+    async def list_version_users(self, model_id: str, version: int) -> Sequence[str]:
+        """Give the ids of jobs that are not finished and export this version or start from it."""
+        if not is_id(model_id, MODEL):
+            return []
+        start = jobs.c.spec["warm_start_from"]
+        exporting = and_(jobs.c.kind == JobKind.EXPORT, jobs.c.model_id == model_id, jobs.c.spec["version"] == cast(version, JSONB))
+        starting = and_(start["model_id"].astext == model_id, start["version"] == cast(version, JSONB))
+        query = select(jobs.c.job_id).where(jobs.c.organization == self._organization, IS_ACTIVE, or_(exporting, starting))
+        return list(await self._connection.scalars(query.order_by(jobs.c.job_id)))
+
+    async def delete_version(self, model_id: str, version: int) -> None:
+        """Remove a version with its exports. Raises NotFound."""
+        await self.get_version(model_id, version)
+        await self._connection.execute(delete(model_versions).where(*self._versions_of(model_id), model_versions.c.version == version))
+
+    async def _read_exports(self, model_id: str, versions: Sequence[int]) -> Sequence[Row[Any]]:
+        of_model = (model_exports.c.organization == self._organization, model_exports.c.model_id == model_id)
+        query = select(model_exports).where(*of_model, model_exports.c.version.in_(versions)).order_by(model_exports.c.format)
+        return (await self._connection.execute(query)).all() if versions else []
 
     async def _write(self, statement: Any, model: Model) -> bool:
         try:
@@ -130,9 +160,10 @@ class PostgresModels:
 
 
 def uses_model(organization: str, model_id: str) -> ColumnElement[bool]:
-    """Tell of a row of jobs whether its result, base or generator is this model."""
+    """Tell of a row of jobs whether its result, base, start or generator is this model."""
+    starting = jobs.c.spec["warm_start_from"]["model_id"].astext == model_id
     generating = select(models.c.model_id).where(models.c.organization == organization, models.c.generator_model_id == model_id)
-    return or_(jobs.c.model_id == model_id, jobs.c.base_model == model_id, jobs.c.model_id.in_(generating))
+    return or_(jobs.c.model_id == model_id, jobs.c.base_model == model_id, starting, jobs.c.model_id.in_(generating))
 
 
 def model_from_row(row: Row[Any]) -> Model:
@@ -158,8 +189,8 @@ def model_from_row(row: Row[Any]) -> Model:
     )
 
 
-def version_from_row(row: Row[Any]) -> ModelVersion:
-    """Read a row of `model_versions`."""
+def version_from_row(row: Row[Any], exports: Sequence[Row[Any]] = ()) -> ModelVersion:
+    """Read a row of `model_versions`, with those of its exports among `exports`."""
     return ModelVersion(
         model_id=row.model_id,
         version=row.version,
@@ -176,6 +207,19 @@ def version_from_row(row: Row[Any]) -> ModelVersion:
         spec=_FINE_TUNE.from_json(row.spec),
         library_versions=row.library_versions,
         template_sha256=row.template_sha256,
+        exports=tuple(_export_from_row(each) for each in exports if each.version == row.version),
+    )
+
+
+def _export_from_row(row: Row[Any]) -> ModelExport:
+    return ModelExport(
+        format=ExportFormat(row.format),
+        job_id=row.job_id,
+        artifact_path=row.artifact_path,
+        manifest_sha256=row.manifest_sha256,
+        size_bytes=row.size_bytes,
+        create_time=row.create_time,
+        metrics=row.metrics,
     )
 
 
@@ -186,6 +230,7 @@ def _changeable(model: Model) -> dict[str, Any]:
         "description": model.description,
         "labels": dict(model.labels),
         "state": model.state,
+        "technique": model.technique,
         "serving_version": model.serving_version,
         "rag": _RAG.to_json(model.rag),
         "generator_model_id": generator if is_id(generator, MODEL) else None,

@@ -2,18 +2,21 @@
 
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, update
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.locked_job import LockedJob
 from server.db.tables import model_exports, model_versions, models
 from server.domain.errors import ErrorData
 from server.domain.events import ResultReady
-from server.domain.jobs import FailureReason, JobKind, JobState
+from server.domain.jobs import OUT_OF_MEMORY_SUGGESTION, FailureReason, JobKind, JobState
 from server.domain.models import JOB_CANCELLED, ModelState
+from server.domain.specs import FineTuneSpec
 from server.services.codec import Codec
 
 _ERROR = Codec[ErrorData](ErrorData)
+_FINE_TUNE = Codec[FineTuneSpec](FineTuneSpec)
 
 
 async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultReady) -> None:
@@ -32,19 +35,20 @@ async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultRea
     own = (models.c.organization == row.organization, models.c.model_id == row.model_id)
     ready: dict[str, Any] = {"state": ModelState.READY, "error": None, "update_time": func.clock_timestamp()}
     if row.kind == JobKind.FINE_TUNE:
-        # The model's lock numbers the versions of jobs that end at once.
-        await connection.execute(select(models.c.model_id).where(*own).with_for_update(key_share=True))
         ready["serving_version"] = await _insert_version(connection, row, result)
+        ready["technique"] = _FINE_TUNE.from_json(row.spec).technique.family
     await connection.execute(update(models).where(*own, models.c.state != ModelState.DELETING).values(ready))
 
 
 async def _insert_version(connection: AsyncConnection, row: Any, result: ResultReady) -> int:
-    of_model = (model_versions.c.organization == row.organization, model_versions.c.model_id == row.model_id)
-    latest = await connection.scalar(select(func.max(model_versions.c.version)).where(*of_model))
+    own = (models.c.organization == row.organization, models.c.model_id == row.model_id)
+    # The model's row numbers the versions of jobs that end at once; a number is never given twice.
+    counted = update(models).where(*own).values(last_version=models.c.last_version + 1).returning(models.c.last_version)
+    number = (await connection.execute(counted)).scalar_one()
     version = {
         "organization": row.organization,
         "model_id": row.model_id,
-        "version": (latest or 0) + 1,
+        "version": number,
         "job_id": row.job_id,
         "base_model": row.base_model,
         "base_revision": result.base_revision,
@@ -60,7 +64,7 @@ async def _insert_version(connection: AsyncConnection, row: Any, result: ResultR
         "template_sha256": result.template_sha256,
     }
     await connection.execute(insert(model_versions).values(version))
-    return (latest or 0) + 1
+    return int(number)
 
 
 async def _insert_export(connection: AsyncConnection, row: Any, result: ResultReady) -> None:
@@ -76,57 +80,69 @@ async def _insert_export(connection: AsyncConnection, row: Any, result: ResultRe
         "metrics": dict(result.metrics),
         "create_time": func.clock_timestamp(),
     }
-    await connection.execute(insert(model_exports).values(export))
+    # The same version may have been exported twice at once: the later result is as good, and the earlier one's files have no row any more.
+    key = ("organization", "model_id", "version", "format")
+    statement = postgresql.insert(model_exports).values(export)
+    await connection.execute(statement.on_conflict_do_update(index_elements=key, set_=export))
 
 
-async def fail(connection: AsyncConnection, job: LockedJob, reason: FailureReason, error: ErrorData) -> None:
-    """Move a job to FAILED; to CANCELLED where that was asked for before it failed."""
+async def fail(connection: AsyncConnection, job: LockedJob, reason: FailureReason, error: ErrorData) -> JobState:
+    """Move a job to FAILED; to CANCELLED where that was asked for before it failed. Give the state reached."""
     if job.state is JobState.CANCELLING:
-        await cancel(connection, job)
-        return
+        return await _cancel(connection, job)
     job.move(JobState.FAILED, reason.value, error)
     await job.write()
-    await fail_model(connection, job.row.organization, job.row.model_id, error)
+    await _fail_model(connection, job.row, error)
+    return job.state
 
 
-async def cancel(connection: AsyncConnection, job: LockedJob) -> None:
-    """Move a CANCELLING job to CANCELLED."""
+async def _cancel(connection: AsyncConnection, job: LockedJob) -> JobState:
     job.move(JobState.CANCELLED, job.row.state_reason)
     await job.write()
-    await fail_model(connection, job.row.organization, job.row.model_id, JOB_CANCELLED)
+    await _fail_model(connection, job.row, JOB_CANCELLED)
+    return job.state
 
 
-async def interrupt(connection: AsyncConnection, job: LockedJob, reason: str, max_attempts: int | None) -> JobState:
+async def interrupt(
+    connection: AsyncConnection,
+    job: LockedJob,
+    reason: str,
+    max_attempts: int | None,
+    failure: FailureReason = FailureReason.CRASH_LOOP,
+) -> JobState:
     """Put a job whose child or worker is gone back into the queue; end it where it was to stop, or crashed too often in a row.
 
-    `max_attempts` None: it was stopped in order, which does not count. Gives the state reached.
+    `max_attempts` None: it was stopped in order, which does not count. `failure` is what too many crashes are called.
+    Gives the state reached.
     """
     if job.state is JobState.CANCELLING:
-        await cancel(connection, job)
-        return job.state
+        return await _cancel(connection, job)
     if job.state is JobState.PAUSING:
         job.move(JobState.PAUSED, job.row.state_reason)
         await job.write()
         return job.state
     job.move(JobState.INTERRUPTED, reason)
-    attempt, crashes = job.row.attempt, job.row.crashes + (max_attempts is not None)
+    crashes = job.row.crashes + (max_attempts is not None)
     job.set(crashes=crashes)
     if max_attempts is not None and crashes >= max_attempts:
-        await fail(connection, job, FailureReason.CRASH_LOOP, _crash_loop(crashes, reason))
-        return job.state
-    job.move(JobState.QUEUED, f"attempt {attempt + 1}")
-    job.set(attempt=attempt + 1)
+        return await fail(connection, job, failure, _crash_loop(failure, crashes, reason))
+    job.requeue()
     await job.write()
     return job.state
 
 
-def _crash_loop(crashes: int, reason: str) -> ErrorData:
+def _crash_loop(failure: FailureReason, crashes: int, reason: str) -> ErrorData:
     message = f"The job stopped unexpectedly {crashes} times in a row without getting further, last: {reason}"
-    return ErrorData("ABORTED", FailureReason.CRASH_LOOP, message, {"crashes": str(crashes)})
+    metadata = {"crashes": str(crashes)}
+    if failure is FailureReason.OUT_OF_MEMORY:
+        metadata["suggestion"] = OUT_OF_MEMORY_SUGGESTION
+    return ErrorData("ABORTED", failure, message, metadata)
 
 
-async def fail_model(connection: AsyncConnection, organization: str, model_id: str, error: ErrorData) -> None:
-    """Mark a model FAILED that its job has left CREATING; one that serves already goes on serving."""
-    own = (models.c.organization == organization, models.c.model_id == model_id, models.c.state == ModelState.CREATING)
+async def _fail_model(connection: AsyncConnection, job: Any, error: ErrorData) -> None:
+    """Mark a model FAILED that its job has left CREATING; one that serves already goes on serving, and an export changes no model."""
+    if job.kind == JobKind.EXPORT:
+        return
+    own = (models.c.organization == job.organization, models.c.model_id == job.model_id, models.c.state == ModelState.CREATING)
     values = {"state": ModelState.FAILED, "error": _ERROR.to_json(error), "update_time": func.clock_timestamp()}
     await connection.execute(update(models).where(*own).values(values))

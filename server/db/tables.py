@@ -34,6 +34,7 @@ metadata = MetaData()
 IS_QUEUED = literal_column("state = 'QUEUED'", Boolean)
 IS_HELD = literal_column(f"state IN ({', '.join(repr(state.value) for state in sorted(HELD_STATES))})", Boolean)
 IS_ACTIVE = literal_column(f"state NOT IN ({', '.join(repr(state.value) for state in sorted(TERMINAL_STATES))})", Boolean)
+IS_STATE_EVENT = literal_column("kind = 'state_changed'", Boolean)
 IS_PENDING = literal_column("state = 'PENDING'", Boolean)
 
 _ID = Text(collation="C")
@@ -99,6 +100,8 @@ models = Table(
     _json("error", nullable=True),
     _time("create_time"),
     _time("update_time"),
+    # The number of the latest version that was ever made.
+    _number("last_version"),
     PrimaryKeyConstraint("organization", "model_id"),
     ForeignKeyConstraint(["organization", "generator_model_id"], ["models.organization", "models.model_id"], name="models_generator"),
     Index("models_by_type", "organization", "type", "model_id"),
@@ -253,6 +256,8 @@ job_events = Table(
     _json("payload"),
     PrimaryKeyConstraint("organization", "job_id", "sequence"),
     ForeignKeyConstraint(["organization", "job_id"], ["jobs.organization", "jobs.job_id"], name="job_events_of_job", ondelete="CASCADE"),
+    # The attempts at a job: a few of its events.
+    Index("job_events_of_states", "organization", "job_id", "sequence", postgresql_where=IS_STATE_EVENT),
     # The training curve; and the proof that no step, evaluation or checkpoint is logged twice.
     Index("job_events_by_step", "organization", "job_id", "kind", "step", unique=True, postgresql_where=text("step IS NOT NULL")),
 )

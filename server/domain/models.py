@@ -66,6 +66,15 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A file of a version or of its export, by its path in there."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelExport:
     """A version in another form, ready to download. `artifact_path` is relative to MODEL_STORAGE_PATH."""
 

@@ -13,8 +13,8 @@ from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import ErrorData
 from server.domain.events import Evaluated, JobEvent, LoggedPayload, ResultReady, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
-from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
-from server.domain.models import Model, ModelState, ModelType, ModelVersion
+from server.domain.jobs import Attempt, Checkpoint, FailureReason, Job, JobKind, JobState
+from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
 from server.domain.orders import DatasetFile, DocumentText
 from server.domain.retrieval import Chunk, RetrievedChunk
 from server.domain.shapes import ModelShape
@@ -76,7 +76,7 @@ class Models(Protocol):
         """List models, newest first."""
 
     async def save(self, model: Model) -> None:
-        """Write the fields that may change: names, labels, state, error, serving_version, rag. Sets update_time."""
+        """Write the fields that may change: names, labels, state, error, serving_version, technique, rag. Sets update_time."""
 
     async def delete(self, model_id: str) -> None:
         """Remove the model with its versions, documents, chunks and finished jobs. Raises NotFound."""
@@ -87,15 +87,21 @@ class Models(Protocol):
     async def get_version(self, model_id: str, version: int) -> ModelVersion:
         """Read one version. Raises NotFound."""
 
-    async def list_versions(self, model_id: str) -> Sequence[ModelVersion]:
-        """List the versions, newest first."""
+    async def list_versions(self, model_id: str, size: int, before: int | None = None) -> Sequence[ModelVersion]:
+        """List the versions with their exports, newest first: at most `size`, below the number `before`."""
+
+    async def list_version_users(self, model_id: str, version: int) -> Sequence[str]:
+        """Give the ids of jobs that are not finished and export this version or start from it."""
+
+    async def delete_version(self, model_id: str, version: int) -> None:
+        """Remove a version with its exports. Raises NotFound."""
 
 
 class Jobs(Protocol):
     """Rows of jobs and their event log, for the api."""
 
     async def insert(self, job: Job) -> None:
-        """Add a job and log its first states (VALIDATING, then its own)."""
+        """Add a job and log its first states (VALIDATING, then its own). One that tries another again takes over its checkpoints."""
 
     async def get(self, job_id: str, *, lock: bool = False) -> Job:
         """Read a job, with its queue position where it is QUEUED. Raises NotFound."""
@@ -105,6 +111,15 @@ class Jobs(Protocol):
 
     async def change_state(self, job_id: str, state: JobState, reason: str) -> Job:
         """Move the job, log it and notify, in one step. Raises FailedPrecondition where the table of transitions forbids it."""
+
+    async def resume(self, job_id: str) -> Job:
+        """Move a PAUSED job back to QUEUED, as its next attempt. Raises FailedPrecondition for one that is not PAUSED."""
+
+    async def find_retry(self, job_id: str) -> str | None:
+        """Give the id of the job that tries this one again, if there is one."""
+
+    async def list_attempts(self, job_id: str, before_attempt: int | None, limit: int) -> Sequence[Attempt]:
+        """List the attempts at the job and at those that it tries again, latest first, below an attempt's number."""
 
     async def list_active(self, *, model_id: str | None = None, dataset_id: str | None = None) -> Sequence[str]:
         """Give the ids of jobs that are not finished and use this model (as result, base or generator) or dataset."""
@@ -254,20 +269,26 @@ class JobQueue(Protocol):
     async def complete(self, lease: Lease, result: ResultReady) -> bool:
         """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
 
-    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> None:
-        """In one transaction: FAILED with its reason, and the model FAILED where it has no version yet."""
+    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
+        """In one transaction: FAILED with its reason, and the model FAILED where it has no version yet. Gives the state reached.
 
-    async def cancel(self, lease: Lease) -> None:
-        """CANCELLING to CANCELLED; the model too is FAILED (JOB_CANCELLED) where it has no version yet."""
+        A job that is CANCELLING becomes CANCELLED instead.
+        """
 
-    async def interrupt(self, lease: Lease, reason: str, max_attempts: int | None) -> JobState:
-        """INTERRUPTED, then QUEUED with attempt + 1; gives the state reached.
+    async def interrupt(
+        self, lease: Lease, reason: str, max_attempts: int | None, failure: FailureReason = FailureReason.CRASH_LOOP
+    ) -> JobState:
+        """End an attempt without a result: INTERRUPTED, then QUEUED with attempt + 1. Gives the state reached.
 
-        FAILED with CRASH_LOOP at the `max_attempts`th crash without a checkpoint or document kept in between; None: no crash.
+        A CANCELLING job becomes CANCELLED (its model FAILED where it has no version yet), a PAUSING one PAUSED. FAILED with `failure`
+        at the `max_attempts`th crash without a checkpoint or document kept in between; None: no crash.
         """
 
     async def reap(self, max_attempts: int) -> Sequence[str]:
         """Do the same for jobs whose lease ran out (CANCELLING ones become CANCELLED). Gives their ids."""
+
+    async def drop_old_checkpoints(self, max_age_seconds: float) -> None:
+        """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
 
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
@@ -292,6 +313,22 @@ class Files(Protocol):
 
     async def delete_tree(self, path: str) -> None:
         """Remove a file or directory under the storage root, if it is there."""
+
+
+class Artefacts(Protocol):
+    """Files of versions and exports, by the artefact's path and the hash of its manifest; bytes come only after their hash was checked.
+
+    All raise ArtefactInvalid, a FailedPrecondition, for what is missing or damaged, naming the file.
+    """
+
+    async def list_files(self, path: str, manifest_sha256: str) -> Sequence[ModelFile]:
+        """List the files by their paths, without looking at them."""
+
+    def read_file(self, path: str, manifest_sha256: str, name: str) -> AsyncGenerator[bytes, None]:
+        """Stream one file in bounded pieces, at least one. Raises NotFound for a name that is not listed."""
+
+    def read_archive(self, path: str, manifest_sha256: str, directory: str) -> AsyncGenerator[bytes, None]:
+        """Stream all files as a tar archive with one directory; the same files give the same bytes."""
 
 
 class Engine(Protocol):

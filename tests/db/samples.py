@@ -17,7 +17,7 @@ from server.domain.ids import CHUNK, DATASET, DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalSettings
-from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.specs import ExportFormat, ExportSpec, FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
 from server.services.ports import Claim, ClaimLimits, Lease
 
@@ -85,6 +85,12 @@ def make_job(model: Model, dataset: Dataset | None = None, kind: JobKind | None 
     if chosen is not JobKind.RAG_INDEX:
         spec = FineTuneSpec(model.base_model, dataset.dataset_id if dataset else "", "a" * 64, LoraTechnique(), PARAMETERS)
     return Job(new_id(JOB), chosen, model.model_id, JobState.QUEUED, spec, now, now)
+
+
+def make_export(model: Model, version: int = 1, form: ExportFormat = ExportFormat.ADAPTER) -> Job:
+    """A QUEUED job that exports a version."""
+    now = datetime.now(UTC)
+    return Job(new_id(JOB), JobKind.EXPORT, model.model_id, JobState.QUEUED, ExportSpec(model.base_model, version, form), now, now)
 
 
 def make_step(step: int, total: int = 100) -> StepDone:

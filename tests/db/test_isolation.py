@@ -24,6 +24,7 @@ from tests.db.samples import (
     make_checkpoint,
     make_chunks,
     make_evaluation,
+    make_export,
     make_job,
     make_model,
     make_rag_model,
@@ -57,7 +58,9 @@ CALLS: dict[str, Call] = {
     "models.delete": lambda mine, theirs: mine.models.delete(theirs.tuned.model_id),
     "models.list_users": lambda mine, theirs: mine.models.list_users(theirs.tuned.model_id),
     "models.get_version": lambda mine, theirs: mine.models.get_version(theirs.tuned.model_id, 1),
-    "models.list_versions": lambda mine, theirs: mine.models.list_versions(theirs.tuned.model_id),
+    "models.list_versions": lambda mine, theirs: mine.models.list_versions(theirs.tuned.model_id, 10),
+    "models.list_version_users": lambda mine, theirs: mine.models.list_version_users(theirs.tuned.model_id, 1),
+    "models.delete_version": lambda mine, theirs: mine.models.delete_version(theirs.tuned.model_id, 1),
     "models.insert": lambda mine, theirs: mine.models.insert(make_rag_model(theirs.tuned.model_id)),
     "jobs.get": lambda mine, theirs: mine.jobs.get(theirs.job.job_id, lock=True),
     "jobs.list": lambda mine, theirs: mine.jobs.list(JobFilter(), Page(10)),
@@ -97,6 +100,8 @@ async def _prepare(database: PostgresDatabase, queue: PostgresJobQueue) -> Their
         await transaction.requests.insert("Create", "r1", REQUEST)
     job = await read_job(database, lease.job_id)
     tuned = await read_model(database, job.model_id)
+    async with database.transaction(ORGANIZATION) as transaction:
+        await transaction.jobs.insert(make_export(tuned))
     return Theirs(tuned, await read_model(database, rag.model_id), job, waiting, dataset.dataset_id, document_id)
 
 

@@ -166,7 +166,10 @@ async def test_what_is_no_id_is_not_found(database: PostgresDatabase, wrong: str
         for missing in (transaction.models.get(wrong), transaction.models.delete(wrong), transaction.models.get_version(wrong, 1)):
             with pytest.raises(NotFound):
                 await missing
-        assert await transaction.models.list_versions(wrong) == []
+        with pytest.raises(NotFound):
+            await transaction.models.delete_version(wrong, 1)
+        assert await transaction.models.list_versions(wrong, 10) == []
+        assert await transaction.models.list_version_users(wrong, 1) == []
         assert await transaction.models.list_users(wrong) == []
 
 

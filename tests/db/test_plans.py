@@ -38,11 +38,15 @@ INSERT INTO jobs SELECT 'org' || o, 'job_' || lpad(n::text, 24, '0'), CASE n % 1
     {spec}, 'base', 'ds_' || lpad(((n - 1) % 100 + 1)::text, 24, '0'), NULL, NULL, '{{}}', NULL, 0, 0, 0, 0, 1, 0, 50, 40, 1,
     NULL, NULL, CASE WHEN n = 77 THEN now() + interval '1 day' END, now(), now(), now(), now()
     FROM generate_series(1, 20) o, generate_series(1, 500) n;
+UPDATE jobs SET spec = spec || jsonb_build_object('warm_start_from', jsonb_build_object('model_id', model_id, 'version', 1))
+    WHERE job_id = 'job_' || lpad('77', 24, '0');
 INSERT INTO job_events SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, now(), 1, 'step', s, {step}
     FROM generate_series(1, 100) n, generate_series(1, 50) s;
 INSERT INTO checkpoints SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, 'p', 1, NULL, now()
     FROM generate_series(1, 500) n, generate_series(1, 5) s;
 INSERT INTO model_versions SELECT organization, model_id, 1, 'job_' || model_id, '', '', '', '', 1, '{{}}', now() FROM models;
+INSERT INTO model_exports SELECT organization, model_id, 1, f, 'job_x', '', '', 1, '{{}}', now()
+    FROM models, unnest(array['ADAPTER', 'MERGED']) f;
 INSERT INTO documents SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), 'doc_' || lpad(d::text, 24, '0'), 't', '', 'text', '{{}}',
     CASE WHEN d > 90 THEN 'PENDING' ELSE 'INDEXED' END, 4, 4, 'x', 1, '', now() FROM generate_series(1, 100) n, generate_series(1, 100) d;
 INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL FROM documents WHERE state = 'INDEXED';
@@ -109,7 +113,9 @@ QUERIES: dict[str, tuple[set[str], Call]] = {
     "models by state": ({"models_by_state"}, lambda t: t.models.list(ModelFilter(state=ModelState.FAILED), Page(5))),
     "models by base": ({"models_by_base_model"}, lambda t: t.models.list(ModelFilter(base_model="base7"), Page(5))),
     "users of a model": ({"models_by_generator"}, lambda t: t.models.list_users(MODEL_ID)),
-    "versions": ({"model_versions_pkey"}, lambda t: t.models.list_versions(MODEL_ID)),
+    "a version": ({"model_versions_pkey", "model_exports_pkey"}, lambda t: t.models.get_version(MODEL_ID, 1)),
+    "versions": ({"model_versions_pkey", "model_exports_pkey"}, lambda t: t.models.list_versions(MODEL_ID, 50, 7)),
+    "jobs that use a version": ({"jobs_active"}, lambda t: t.models.list_version_users(MODEL_ID, 1)),
     "a job": ({"jobs_pkey"}, lambda t: t.jobs.get(JOB_ID, lock=True)),
     "jobs": ({"jobs_pkey"}, lambda t: t.jobs.list(JobFilter(), Page(50, JOB_ID))),
     "jobs by state": ({"jobs_by_state"}, lambda t: t.jobs.list(JobFilter(state=JobState.FAILED), Page(5))),

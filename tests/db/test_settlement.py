@@ -57,7 +57,7 @@ async def test_success_makes_a_version_and_the_model_ready(database: PostgresDat
     assert (job.state, job.usage.artifact_bytes, job.usage.peak_memory_bytes) == (JobState.SUCCEEDED, 1_000, 5_000)
     assert (model.state, model.serving_version, model.version_count) == (ModelState.READY, 1, 1)
     async with database.transaction(ORGANIZATION) as transaction:
-        (version,) = await transaction.models.list_versions(job.model_id)
+        (version,) = await transaction.models.list_versions(job.model_id, 10)
         assert await transaction.models.get_version(job.model_id, 1) == version
     assert (version.version, version.job_id, version.base_model) == (1, job.job_id, BASE_MODEL)
     assert (version.artifact_path, version.manifest_sha256, version.size_bytes) == (RESULT.artifact_path, RESULT.manifest_sha256, 1_000)
@@ -69,7 +69,7 @@ async def test_versions_of_jobs_that_end_at_once_are_numbered_in_turn(database: 
     leases = [await start_job(database, queue, model) for _ in range(5)]
     await asyncio.gather(*(finish_job(queue, lease) for lease in leases))
     async with database.transaction(ORGANIZATION) as transaction:
-        versions = await transaction.models.list_versions(model.model_id)
+        versions = await transaction.models.list_versions(model.model_id, 10)
     assert [version.version for version in versions] == [5, 4, 3, 2, 1]
     assert {version.job_id for version in versions} == {lease.job_id for lease in leases}
     assert (await read_model(database, model.model_id)).serving_version == 5

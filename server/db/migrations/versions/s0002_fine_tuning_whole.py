@@ -20,6 +20,9 @@ ALTER TABLE jobs ADD COLUMN peak_device_memory_bytes BIGINT NOT NULL DEFAULT 0;
 -- One retry of each job at most; and the way back along a chain of them.
 CREATE UNIQUE INDEX jobs_by_retried ON jobs (organization, retry_of_job_id) WHERE retry_of_job_id IS NOT NULL;
 
+-- The attempts at a job: a few of its events.
+CREATE INDEX job_events_of_states ON job_events (organization, job_id, sequence) WHERE kind = 'state_changed';
+
 ALTER TABLE checkpoints ADD COLUMN best BOOLEAN NOT NULL DEFAULT false;
 
 ALTER TABLE model_versions ADD COLUMN attempt INTEGER NOT NULL DEFAULT 1;
@@ -27,6 +30,16 @@ ALTER TABLE model_versions ADD COLUMN checkpoint_step INTEGER NOT NULL DEFAULT 0
 ALTER TABLE model_versions ADD COLUMN spec JSONB;
 ALTER TABLE model_versions ADD COLUMN library_versions JSONB NOT NULL DEFAULT '{}';
 ALTER TABLE model_versions ADD COLUMN template_sha256 TEXT NOT NULL DEFAULT '';
+
+-- Attempts and configurations of versions that are there already stand with their jobs, which live as long as the model.
+UPDATE model_versions SET spec = jobs.spec, attempt = jobs.attempt FROM jobs
+    WHERE jobs.organization = model_versions.organization AND jobs.job_id = model_versions.job_id;
+
+-- The number of the latest version that was ever made: one that was deleted is not given again to another.
+ALTER TABLE models ADD COLUMN last_version INTEGER NOT NULL DEFAULT 0;
+UPDATE models SET last_version = latest.version
+    FROM (SELECT organization, model_id, max(version) AS version FROM model_versions GROUP BY organization, model_id) AS latest
+    WHERE latest.organization = models.organization AND latest.model_id = models.model_id;
 
 CREATE TABLE model_exports (
     organization TEXT COLLATE "C" NOT NULL,
