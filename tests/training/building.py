@@ -13,6 +13,7 @@ from server.domain.orders import DatasetFile, FineTuneOrder
 from server.domain.specs import FineTuneSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import ArtefactStore
+from server.training.data import TokenizedRecords
 from server.training.run import run_fine_tune
 from tests.tiny_models import build_tiny_causal_model
 
@@ -30,6 +31,17 @@ def make_records(count: int) -> list[dict[str, object]]:
         }
         for number in range(count)
     ]
+
+
+def make_sequences(lengths: Sequence[int], sequences_per_record: int = 1) -> TokenizedRecords:
+    """Make tokenised records; few trained tokens in some, many in others, with weights of 1 and 0.5: a mean of means would show."""
+    records = TokenizedRecords(sequences_per_record)
+    for number, length in enumerate(lengths):
+        first_trained = 1 + 3 * (length % 5) if length > 15 else length // 2
+        weight = 1.0 if number % 3 or sequences_per_record > 1 else 0.5
+        weights = [weight if place >= first_trained else 0.0 for place in range(length)]
+        records.append([(7 * place + 3 * length + number) % 300 for place in range(length)], weights)
+    return records
 
 
 def write_records(path: Path, records: Sequence[object]) -> Path:
