@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,7 +54,9 @@ def merge_adapter(adapted: PeftModelForCausalLM) -> PreTrainedModel:
         for layer in _adapted_layers(adapted):
             _untie(model, layer)
             _merge_layer(layer)
-    adapted.base_model.unload()
+    tuner = adapted.base_model
+    assert isinstance(tuner, BaseTuner)
+    tuner.unload()
     return model
 
 
@@ -64,10 +66,10 @@ def _adapted_layers(adapted: PeftModelForCausalLM) -> Iterator[BaseTunerLayer]:
 
 def _merge_layer(layer: BaseTunerLayer) -> None:
     base = layer.get_base_layer()
-    dtype = base.weight.dtype
+    dtype = _weight_of(base).dtype
     base.float()
-    # Some methods swap the base layer for another: ask again afterwards.
-    layer.merge()  # type: ignore[call-arg]  # every kind of layer has its own optional arguments
+    layer.merge()
+    # Some methods swap the base layer for another: ask again.
     merged = layer.get_base_layer()
     if not all(torch.isfinite(parameter).all() for parameter in merged.parameters()):
         raise _invalid("a merged weight is not finite")
@@ -76,11 +78,16 @@ def _merge_layer(layer: BaseTunerLayer) -> None:
 
 def _untie(model: PreTrainedModel, layer: BaseTunerLayer) -> None:
     """Give an output head that shares its weight with the embedding one of its own: the adapter is for the head alone."""
-    base, embedding = layer.get_base_layer(), model.get_input_embeddings()  # type: ignore[no-untyped-call]  # transformers
-    if base is not embedding and base.weight is embedding.weight:
-        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    base, embedding = layer.get_base_layer(), model.get_input_embeddings()
+    if base is not embedding and _weight_of(base) is _weight_of(embedding):
+        base.register_parameter("weight", nn.Parameter(_weight_of(base).detach().clone(), requires_grad=False))
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+
+
+def _weight_of(layer: nn.Module) -> torch.Tensor:
+    assert isinstance(layer.weight, torch.Tensor)
+    return layer.weight
 
 
 def _invalid(what: str) -> FailedPrecondition:

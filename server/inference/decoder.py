@@ -23,7 +23,6 @@ class Decoder:
         if getattr(config, "alibi", False):
             raise _unsupported("its positions are linear biases (ALiBi)")
         self.context_tokens = count_context_tokens(model)
-        self.embedding_width = int(model.get_input_embeddings().weight.shape[1])
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._model = model
         with torch.inference_mode():
@@ -33,6 +32,7 @@ class Decoder:
             places = fuse_layers(model, selection) if self._has_row_attention else {}
             places |= wrap_linears(model, selection)
             self._refiner = make_refiner(model)
+        self.embedding_width = int(config.hidden_size)
         shape = self.cache_shape
         self.adapters = AdapterPool(places, selection, dtype=shape.dtype, device=shape.device, max_ranks=max_adapter_ranks)
 

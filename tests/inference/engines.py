@@ -11,6 +11,8 @@ from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
 from server.storage.artefacts import ArtefactStore
 
+LIMITS = BatchLimits(max_rows=8, max_waiting=24, cache_tokens=4096)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -32,12 +34,18 @@ class Directories:
         return Resolved(self.table[base_model])
 
 
-def make_engine(table: dict[str, Path], storage: Path, limits: BatchLimits | None = None, max_model_bytes: int = 1 << 30) -> EmbeddedEngine:
+def make_engine(
+    table: dict[str, Path],
+    storage: Path,
+    limits: BatchLimits | None = None,
+    max_model_bytes: int = 1 << 30,
+    max_adapter_ranks: int = 256,
+) -> EmbeddedEngine:
     """Make an engine over tiny models in float32."""
     return EmbeddedEngine(
         base_models=Directories(table),
         versions=ArtefactStore(storage),
         embedder=None,
-        options=LoadingOptions(limits or BatchLimits(max_rows=8, max_waiting=8, cache_tokens=4096), dtype=torch.float32),
+        options=LoadingOptions(limits or LIMITS, max_adapter_ranks, torch.float32),
         max_model_bytes=max_model_bytes,
     )

@@ -1,0 +1,224 @@
+"""Every technique's version through the engine against plain transformers and peft: alone, in mixed batches, and when it is bad."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from server.domain.errors import FailedPrecondition, InvalidInput, ServiceError
+from server.domain.generation import GenerationRequest, ModelReference
+from server.inference.engine import EmbeddedEngine
+from server.storage.artefacts import Artefact, ArtefactStore, Described
+from tests.inference.asking import Answer, ask, collect
+from tests.inference.engines import make_engine
+from tests.inference.versions import CONFIGS, VIRTUAL_TOKENS, continue_plainly, load_plain, load_reference, make_version
+from tests.tiny_models import CONTEXT_TOKENS
+
+PROMPT = "Who keeps the maps?"
+TOKENS = 10
+# peft says so of every AdaLoRA that it loads: it looks for the pattern's names among the layers before it has adapters in them.
+pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+Tiny = Callable[[str], Path]
+SHARED = ("lora", "rslora", "adalora", "vera", "prompt_tuning", "p_tuning", "prefix_tuning")
+OWN = ("dora", "oft", "ia3", "layer_norm_tuning", "full")
+
+
+@pytest.fixture
+async def engine(tiny: Tiny, tmp_path: Path) -> AsyncIterator[EmbeddedEngine]:
+    """An engine that knows every family by its name; versions lie in tmp_path."""
+    made = make_engine({family: tiny(family) for family in ("llama", "falcon", "qwen2", "gemma")}, tmp_path)
+    made.start()
+    yield made
+    await made.stop()
+
+
+def ask_version(artefact: Artefact, family: str = "llama", **parameters: object) -> GenerationRequest:
+    return ask(PROMPT, model=family, adapter=artefact.path, max_tokens=TOKENS, logprobs=0, **parameters)
+
+
+async def assert_says_what_peft_says(engine: EmbeddedEngine, artefact: Artefact, base: Path, family: str = "llama") -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompt_ids = tokenizer(PROMPT).input_ids
+    expected, logprobs = continue_plainly(load_reference(artefact, base), prompt_ids, TOKENS)
+    _, bare = continue_plainly(load_plain(base), prompt_ids, TOKENS)
+    assert max(abs(ours - theirs) for ours, theirs in zip(logprobs, bare, strict=True)) > 0.005, "the version must do something"
+    answer = await collect(engine.generate(ask_version(artefact, family)))
+    positions = [position.chosen for delta in answer.deltas for position in delta.logprobs]
+    count = len(positions)
+    assert count == TOKENS or expected[count - 1] == tokenizer.eos_token_id
+    assert [position.token for position in positions] == [tokenizer.decode([token]) for token in expected[:count]]
+    torch.testing.assert_close([position.logprob for position in positions], logprobs[:count], atol=2e-4, rtol=2e-4)
+    assert answer.end.usage.prompt_tokens == len(prompt_ids)
+
+
+@pytest.mark.parametrize("technique", [*CONFIGS, "full"])
+async def test_every_technique_says_what_transformers_and_peft_say(
+    technique: str, engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    await assert_says_what_peft_says(engine, make_version(tmp_path, "version", tiny("llama"), technique), tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    ("family", "technique"),
+    [
+        ("falcon", "prefix_tuning"), ("falcon", "prompt_tuning"), ("falcon", "oft"), ("falcon", "adalora"), ("falcon", "layer_norm_tuning"),
+        ("gemma", "prompt_tuning"), ("gemma", "prefix_tuning"), ("gemma", "layer_norm_tuning"), ("gemma", "vera"),
+        ("qwen2", "ia3"), ("qwen2", "dora"), ("qwen2", "prefix_tuning"),
+    ],
+)  # fmt: skip
+async def test_other_families_too(family: str, technique: str, engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    artefact = make_version(tmp_path, "version", tiny(family), technique, family=family)
+    await assert_says_what_peft_says(engine, artefact, tiny(family), family)
+
+
+@pytest.mark.parametrize(("technique", "quantization", "double"), [("lora", "NF4", True), ("lora", "FP4", False), ("dora", "NF4", False)])
+async def test_a_version_trained_on_4_bits_is_served_on_what_4_bits_keep(
+    technique: str, quantization: str, double: bool, engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    described: dict[str, Described] = {"quantization": quantization, "double_quantization": double}
+    artefact = make_version(tmp_path, "version", tiny("llama"), technique, **described)
+    await assert_says_what_peft_says(engine, artefact, tiny("llama"))
+    plain = make_version(tmp_path, "plain", tiny("llama"), technique)
+    quantised, other = [await collect(engine.generate(ask_version(version))) for version in (artefact, plain)]
+    assert list_logprobs(quantised) != list_logprobs(other)
+
+
+def list_logprobs(answer: Answer) -> list[float]:
+    return [position.chosen.logprob for delta in answer.deltas for position in delta.logprobs]
+
+
+async def test_techniques_that_leave_the_weights_share_them_in_one_batch(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    versions = [make_version(tmp_path, technique, tiny("llama"), technique) for technique in SHARED]
+    requests = [*(ask_version(version) for version in versions), ask(PROMPT, max_tokens=TOKENS, logprobs=0)]
+    alone = [await collect(engine.generate(request)) for request in requests]
+    assert len({tuple(list_logprobs(answer)) for answer in alone}) == len(requests)
+    together = await asyncio.gather(*(collect(engine.generate(request)) for request in requests * 3))
+    assert [answer.text for answer in together] == [answer.text for answer in alone] * 3
+    for answer, other in zip(together, alone * 3, strict=True):
+        torch.testing.assert_close(list_logprobs(answer), list_logprobs(other), atol=1e-4, rtol=1e-4)
+    status = await engine.describe()
+    assert [(model.base_model, model.variant, model.adapters_loaded) for model in status.models] == [("llama", "", len(SHARED))]
+
+
+async def test_versions_on_the_same_4_bits_share_one_model(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    described: dict[str, Described] = {"quantization": "NF4", "double_quantization": True}
+    versions = [make_version(tmp_path, f"v{seed}", tiny("llama"), "lora", seed=seed, **described) for seed in (1, 2)]
+    versions.append(make_version(tmp_path, "single", tiny("llama"), "lora", quantization="NF4"))
+    answers = await asyncio.gather(*(collect(engine.generate(ask_version(version))) for version in versions))
+    assert len({tuple(list_logprobs(answer)) for answer in answers}) == 3
+    status = await engine.describe()
+    assert sorted((model.variant, model.adapters_loaded) for model in status.models) == [("NF4", 1), ("NF4 double", 2)]
+
+
+async def test_own_weights_count_against_the_budget_and_leave_by_last_use(tiny: Tiny, tmp_path: Path) -> None:
+    versions = {technique: make_version(tmp_path, technique, tiny("llama"), technique) for technique in OWN}
+    size = sum(parameter.nbytes for parameter in load_plain(tiny("llama")).parameters())
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, max_model_bytes=3 * size + size // 2)
+    engine.start()
+    texts = [(await collect(engine.generate(ask_version(version)))).text for version in versions.values()]
+    status = await engine.describe()
+    assert len(status.models) == 3
+    assert all(model.variant.startswith("mdl_tiny ") and model.weight_bytes >= size // 2 for model in status.models)
+    again = [(await collect(engine.generate(ask_version(version)))).text for version in versions.values()]
+    assert again == texts
+    await engine.stop()
+
+
+async def test_a_deleted_model_in_use_ends_its_answer_and_leaves(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    idle, busy = (make_version(tmp_path, name, tiny("llama"), "ia3", seed=seed) for seed, name in enumerate(("idle", "busy"), start=1))
+    await collect(engine.generate(ask_version(idle)))
+    request = ask(PROMPT, adapter=busy.path, max_tokens=300, seed=1, temperature=1.5)
+    async with aclosing(engine.generate(request)) as events:
+        await anext(events)
+        await engine.forget("mdl_tiny")
+        assert len((await engine.describe()).models) == 1
+        async for event in events:
+            last = event
+    assert last.kind == "finished"
+    await asyncio.sleep(0.05)
+    assert not (await engine.describe()).models
+
+
+async def test_virtual_tokens_take_their_part_of_the_context(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    for technique in ("prompt_tuning", "prefix_tuning"):
+        artefact = make_version(tmp_path, technique, tiny("llama"), technique)
+        reference = ModelReference("mdl_tiny", "llama", 1, artefact.path)
+        assert await engine.read_context_tokens(reference) == CONTEXT_TOKENS - VIRTUAL_TOKENS
+        answer = await collect(engine.generate(ask("maps " * 120, adapter=artefact.path, max_tokens=10**6)))
+        used = answer.end.usage.prompt_tokens + answer.end.usage.completion_tokens
+        assert used <= CONTEXT_TOKENS - VIRTUAL_TOKENS
+        with pytest.raises(InvalidInput, match=str(CONTEXT_TOKENS - VIRTUAL_TOKENS)):
+            await collect(engine.generate(ask("maps " * CONTEXT_TOKENS, adapter=artefact.path)))
+
+
+def reseal(storage: Path, artefact: Artefact, path: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Artefact:
+    """Seal a version's files anew with other tensors, as a faulty writer would."""
+
+    def fill(directory: Path) -> Mapping[str, Described]:
+        for name in artefact.files:
+            (directory / name).write_bytes((artefact.directory / name).read_bytes())
+        tensors = load_file(directory / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        return artefact.description
+
+    return ArtefactStore(storage).write(path, fill)
+
+
+def cut_first(tensors: dict[str, torch.Tensor]) -> None:
+    name = min(tensors)
+    tensors[name] = tensors[name][..., :-1].contiguous()
+
+
+def lose_first(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[min(tensors)]
+
+
+def spoil_first(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("technique", "damage"),
+    [
+        ("adalora", cut_first), ("vera", lose_first), ("vera", cut_first), ("prompt_tuning", cut_first), ("prompt_tuning", lose_first),
+        ("prefix_tuning", cut_first), ("p_tuning", spoil_first), ("dora", lose_first), ("dora", spoil_first), ("oft", cut_first),
+        ("ia3", lose_first),
+    ],
+)  # fmt: skip
+async def test_a_bad_version_fails_its_own_requests_only(
+    technique: str, damage: Callable[[dict[str, torch.Tensor]], None], engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    bad = reseal(tmp_path, make_version(tmp_path, "good", tiny("llama"), technique), "bad", damage)
+    requests = [ask_version(bad), ask(PROMPT), ask_version(bad)]
+    results = await asyncio.gather(*(collect(engine.generate(request)) for request in requests), return_exceptions=True)
+    for result in (results[0], results[2]):
+        assert isinstance(result, FailedPrecondition)
+        assert result.reason == "ADAPTER_INVALID"
+        assert str(tmp_path) not in str(result)
+    assert isinstance(results[1], Answer)
+
+
+async def test_a_version_with_a_flipped_byte_or_of_unknown_kind_is_refused(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
+    flipped = make_version(tmp_path, "flipped", tiny("llama"), "full")
+    weights = flipped.directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    strange = make_version(tmp_path, "strange", tiny("llama"), "lora", quantization="INT3")
+    for artefact, reason in ((flipped, "ARTIFACT_INVALID"), (strange, "ADAPTER_INVALID")):
+        with pytest.raises(ServiceError) as refused:
+            await collect(engine.generate(ask_version(artefact)))
+        assert refused.value.reason == reason
+
+
+async def test_a_low_rank_adapter_over_the_pool_is_merged(tiny: Tiny, tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, max_adapter_ranks=8)
+    engine.start()
+    artefact = make_version(tmp_path, "version", tiny("llama"), "vera")
+    await assert_says_what_peft_says(engine, artefact, tiny("llama"))
+    assert (await engine.describe()).models[0].variant.startswith("mdl_tiny")
+    await engine.stop()
