@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
+TOKEN_CACHE_BYTES = 4 << 30  # some 500 million tokens of datasets that were trained on, oldest use dropped first
 STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
 HEALTH_SECONDS = 2.0  # how often the engine is asked whether it lives
 # Every row carries its organization; until callers are told apart there is this one.
@@ -85,12 +86,15 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.estimating import Estimator
     from server.services.fine_tuning import FineTuning
     from server.services.inference_service import InferenceService
+    from server.services.job_control import JobControl
     from server.services.model_service import ModelService
     from server.services.rag_answers import RagAnswers
     from server.services.rag_models import RagModels
     from server.services.references import References
     from server.services.training_parameters import FineTuneDefaults
     from server.services.training_service import TrainingService
+    from server.services.versions import Versions
+    from server.storage.downloads import ArtefactDownloads
 
     assert settings.database_url is not None
     database = PostgresDatabase(settings.database_url, application_name="model-training-api")
@@ -105,8 +109,9 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     references = References(database, base_models)
     services = Services(
         models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
-        training=TrainingService(database, feed, datasets),
+        training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
+        versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
     )
     server = ApiServer(services, ORGANIZATION, f"{settings.bind_address}:{settings.grpc_port}")
     try:
@@ -203,9 +208,11 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
 
     def work(order: "Order", emit: "Emit", signals: "Signals") -> None:
         if isinstance(order, FineTuneOrder) and role == "train":
+            from server.datafiles.tokencache import TokenCache
             from server.training.run import run_fine_tune
 
-            run_fine_tune(order, _open_artefacts(settings), source, emit, signals)
+            cache = TokenCache(settings.cache_path / "tokens", TOKEN_CACHE_BYTES)
+            run_fine_tune(order, _open_artefacts(settings), source, emit, signals, cache)
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index

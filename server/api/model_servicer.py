@@ -2,11 +2,14 @@
 # ruff: noqa: N802  # methods are named as their RPCs are
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.empty_pb2 import Empty
 from grpc import aio
-from modeltraining.v1 import document_pb2, estimate_pb2, model_pb2
+from modeltraining.v1 import document_pb2, estimate_pb2, model_pb2, model_version_pb2
 from modeltraining.v1 import model_service_pb2 as pb
 from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
 
@@ -24,8 +27,18 @@ from server.api.mappers.models import (
     rag_created_to_proto,
     update_model_from_proto,
 )
+from server.api.mappers.versions import (
+    ARCHIVE_TYPE,
+    content_type,
+    export_from_proto,
+    files_from_proto,
+    files_to_proto,
+    list_versions_from_proto,
+    version_to_proto,
+)
 from server.services.model_service import ModelService
 from server.services.validation import Violations
+from server.services.versions import Versions
 
 Context = aio.ServicerContext
 
@@ -33,8 +46,9 @@ Context = aio.ServicerContext
 class ModelServicer(ModelServiceServicer):
     """The use cases of models, for one organization."""
 
-    def __init__(self, service: ModelService, organization: str) -> None:
+    def __init__(self, service: ModelService, versions: Versions, organization: str) -> None:
         self._service = service
+        self._versions = versions
         self._organization = organization
 
     async def ListModels(
@@ -85,6 +99,66 @@ class ModelServicer(ModelServiceServicer):
         wanted = create_fine_tuned_from_proto(request.fine_tune, found)
         await refuse_all_bad(found, lambda: self._service.estimate_fine_tune(self._organization, wanted))
         return estimate_to_proto(await self._service.estimate_fine_tune(self._organization, wanted))
+
+    async def ListModelVersions(
+        self, request: pb.ListModelVersionsRequest, context: Context[pb.ListModelVersionsRequest, pb.ListModelVersionsResponse]
+    ) -> pb.ListModelVersionsResponse:
+        """List a model's versions."""
+        listed = await self._versions.list(self._organization, list_versions_from_proto(request))
+        versions = [version_to_proto(version) for version in listed.items]
+        return pb.ListModelVersionsResponse(versions=versions, next_page_token=listed.next_page_token)
+
+    async def GetModelVersion(
+        self, request: pb.GetModelVersionRequest, context: Context[pb.GetModelVersionRequest, model_version_pb2.ModelVersion]
+    ) -> model_version_pb2.ModelVersion:
+        """Read a version."""
+        return version_to_proto(await self._versions.get(self._organization, request.model_id, request.version))
+
+    async def PromoteModelVersion(
+        self, request: pb.PromoteModelVersionRequest, context: Context[pb.PromoteModelVersionRequest, model_pb2.Model]
+    ) -> model_pb2.Model:
+        """Let a version answer."""
+        return model_to_proto(await self._versions.promote(self._organization, request.model_id, request.version))
+
+    async def DeleteModelVersion(
+        self, request: pb.DeleteModelVersionRequest, context: Context[pb.DeleteModelVersionRequest, Empty]
+    ) -> Empty:
+        """Delete a version."""
+        await self._versions.delete(self._organization, request.model_id, request.version)
+        return Empty()
+
+    async def ExportModelVersion(
+        self, request: pb.ExportModelVersionRequest, context: Context[pb.ExportModelVersionRequest, pb.ExportModelVersionResponse]
+    ) -> pb.ExportModelVersionResponse:
+        """Start an export."""
+        found = Violations()
+        wanted = export_from_proto(request, found)
+        found.raise_if_any()
+        return pb.ExportModelVersionResponse(training_job=job_to_proto(await self._versions.export(self._organization, wanted)))
+
+    async def ListModelFiles(
+        self, request: pb.ListModelFilesRequest, context: Context[pb.ListModelFilesRequest, pb.ListModelFilesResponse]
+    ) -> pb.ListModelFilesResponse:
+        """List the files of a version or export."""
+        return files_to_proto(await self._versions.list_files(self._organization, files_from_proto(request)))
+
+    async def DownloadModelFile(
+        self, request: pb.DownloadModelFileRequest, context: Context[pb.DownloadModelFileRequest, HttpBody]
+    ) -> AsyncGenerator[HttpBody, None]:
+        """Stream a file."""
+        pieces = self._versions.read_file(self._organization, files_from_proto(request), request.path)
+        async with aclosing(pieces) as opened:
+            async for piece in opened:
+                yield HttpBody(content_type=content_type(request.path), data=piece)
+
+    async def DownloadModelArchive(
+        self, request: pb.DownloadModelArchiveRequest, context: Context[pb.DownloadModelArchiveRequest, HttpBody]
+    ) -> AsyncGenerator[HttpBody, None]:
+        """Stream all files."""
+        pieces = self._versions.read_archive(self._organization, files_from_proto(request))
+        async with aclosing(pieces) as opened:
+            async for piece in opened:
+                yield HttpBody(content_type=ARCHIVE_TYPE, data=piece)
 
     async def CreateRagModel(
         self, request: pb.CreateRagModelRequest, context: Context[pb.CreateRagModelRequest, pb.CreateRagModelResponse]

@@ -25,6 +25,7 @@ from server.api.training_servicer import TrainingServicer
 from server.services.inference_service import InferenceService
 from server.services.model_service import ModelService
 from server.services.training_service import TrainingService
+from server.services.versions import Versions
 
 FILES = (model_service_pb2.DESCRIPTOR, training_service_pb2.DESCRIPTOR, inference_service_pb2.DESCRIPTOR)
 SERVICE_NAMES: Sequence[str] = [service.full_name for file in FILES for service in file.services_by_name.values()]
@@ -54,6 +55,7 @@ class Services:
     models: ModelService
     training: TrainingService
     inference: InferenceService
+    versions: Versions
 
 
 class ApiServer:
@@ -64,7 +66,8 @@ class ApiServer:
         self._stopping = asyncio.Event()
         self._health = health_aio.HealthServicer()
         self._server = aio.server(interceptors=[Boundary(FILES)], options=OPTIONS)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(services.models, organization), self._server)
+        models = ModelServicer(services.models, services.versions, organization)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
         training = TrainingServicer(services.training, organization, self._stopping)
         training_service_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
         inference = InferenceServicer(services.inference, organization)

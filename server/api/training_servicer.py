@@ -14,7 +14,7 @@ from modeltraining.v1.training_service_pb2_grpc import TrainingServiceServicer
 from server.api.decoding import page_from_proto
 from server.api.mappers.datasets import dataset_to_proto, upload_from_proto
 from server.api.mappers.events import watch_item_to_proto
-from server.api.mappers.jobs import job_to_proto, list_jobs_from_proto, metrics_to_proto
+from server.api.mappers.jobs import attempt_to_proto, checkpoint_to_proto, job_to_proto, list_jobs_from_proto, metrics_to_proto
 from server.api.pacing import end_when_set
 from server.services.training_service import TrainingService
 from server.services.validation import Violations
@@ -51,7 +51,53 @@ class TrainingServicer(TrainingServiceServicer):
         self, request: pb.CancelTrainingJobRequest, context: Context[pb.CancelTrainingJobRequest, training_job_pb2.TrainingJob]
     ) -> training_job_pb2.TrainingJob:
         """Cancel a job."""
-        return job_to_proto(await self._service.cancel_job(self._organization, request.job_id))
+        return job_to_proto(await self._service.control.cancel(self._organization, request.job_id))
+
+    async def PauseTrainingJob(
+        self, request: pb.PauseTrainingJobRequest, context: Context[pb.PauseTrainingJobRequest, training_job_pb2.TrainingJob]
+    ) -> training_job_pb2.TrainingJob:
+        """Pause a job."""
+        return job_to_proto(await self._service.control.pause(self._organization, request.job_id))
+
+    async def ResumeTrainingJob(
+        self, request: pb.ResumeTrainingJobRequest, context: Context[pb.ResumeTrainingJobRequest, training_job_pb2.TrainingJob]
+    ) -> training_job_pb2.TrainingJob:
+        """Resume a job."""
+        return job_to_proto(await self._service.control.resume(self._organization, request.job_id))
+
+    async def RetryTrainingJob(
+        self, request: pb.RetryTrainingJobRequest, context: Context[pb.RetryTrainingJobRequest, training_job_pb2.TrainingJob]
+    ) -> training_job_pb2.TrainingJob:
+        """Try a job again."""
+        return job_to_proto(await self._service.control.retry(self._organization, request.job_id))
+
+    async def ListTrainingJobAttempts(
+        self,
+        request: pb.ListTrainingJobAttemptsRequest,
+        context: Context[pb.ListTrainingJobAttemptsRequest, pb.ListTrainingJobAttemptsResponse],
+    ) -> pb.ListTrainingJobAttemptsResponse:
+        """List the attempts at a job."""
+        listed = await self._service.list_attempts(self._organization, request.job_id, page_from_proto(request))
+        attempts = [attempt_to_proto(attempt) for attempt in listed.items]
+        return pb.ListTrainingJobAttemptsResponse(attempts=attempts, next_page_token=listed.next_page_token)
+
+    async def ListTrainingJobEvents(
+        self,
+        request: pb.ListTrainingJobEventsRequest,
+        context: Context[pb.ListTrainingJobEventsRequest, pb.ListTrainingJobEventsResponse],
+    ) -> pb.ListTrainingJobEventsResponse:
+        """Read a page of a job's log."""
+        size = request.page_size if request.HasField("page_size") else None
+        events, following = await self._service.list_events(self._organization, request.job_id, request.after_sequence, size)
+        found = [watch_item_to_proto(request.job_id, event) for event in events]
+        return pb.ListTrainingJobEventsResponse(events=found, next_after_sequence=following)
+
+    async def ListCheckpoints(
+        self, request: pb.ListCheckpointsRequest, context: Context[pb.ListCheckpointsRequest, pb.ListCheckpointsResponse]
+    ) -> pb.ListCheckpointsResponse:
+        """List what a job could go on from."""
+        found = await self._service.list_checkpoints(self._organization, request.job_id)
+        return pb.ListCheckpointsResponse(checkpoints=[checkpoint_to_proto(checkpoint) for checkpoint in found])
 
     async def WatchTrainingJob(
         self, request: pb.WatchTrainingJobRequest, context: Context[pb.WatchTrainingJobRequest, job_event_pb2.JobEvent]

@@ -13,7 +13,8 @@ from server.domain.estimates import Estimate
 from server.domain.ids import JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType
-from server.domain.records import RecordInvalid, parse_record
+from server.domain.record_forms import parse_record
+from server.domain.records import RecordInvalid
 from server.domain.specs import FineTuneSpec
 from server.domain.techniques import LoraTechnique
 from server.services.datasets import Datasets
@@ -24,6 +25,7 @@ from server.services.requests import Created, CreateFineTunedModel
 from server.services.technique_checks import check_technique
 from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
 from server.services.validation import Violations
+from server.services.warm_start import find_warm_start, hold_warm_start
 
 METHOD = "CreateFineTunedModel"
 MAX_INLINE_RECORDS = 10_000
@@ -75,6 +77,7 @@ class FineTuning:
                 stored = await self._datasets.add_inline(transaction, organization, name, request.inline_records)
                 spec = replace(spec, dataset_id=stored.dataset_id, dataset_sha256=stored.sha256)
             # Locked, and looked at again: the plan was made without holding anything.
+            await hold_warm_start(transaction, spec.warm_start_from, plan.target.model_id if plan.target else None)
             model = await _lock_target(transaction, plan.target) if plan.target else _new_model(request, spec)
             if plan.target is None:
                 await transaction.models.insert(model)
@@ -108,9 +111,11 @@ class FineTuning:
             base_model = target.base_model if target else base_model
             dataset = await _find_dataset(transaction, found, "dataset_id", request.dataset_id)
             evaluation = await _find_dataset(transaction, found, "eval_dataset_id", request.eval_dataset_id)
+            technique = request.technique or LoraTechnique()
+            start = await find_warm_start(transaction, found, request.warm_start_from, base_model, technique)
             speeds = await transaction.jobs.list_speeds(SPEEDS_READ)
         found.raise_if_any()
-        spec = self._resolve(request, base_model, dataset, evaluation)
+        spec = replace(self._resolve(request, base_model, dataset, evaluation), warm_start_from=start)
         source = dataset or describe_inline(request.inline_records)
         return _Plan(target, spec, await self._estimator.estimate(spec, source, speeds))
 
@@ -129,7 +134,6 @@ class FineTuning:
             parameters=resolve_parameters(request.parameters, self._defaults, technique, trained, pairs=pairs, held_out=held_out),
             eval_dataset_id=evaluation.dataset_id if evaluation else None,
             eval_fraction=fraction,
-            warm_start_from=request.warm_start_from,
         )
 
 

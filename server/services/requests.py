@@ -10,7 +10,7 @@ from server.domain.generation import ChatMessage, GenerationParameters
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalOverrides
-from server.domain.specs import ParametersRequest, VersionReference
+from server.domain.specs import ExportFormat, ParametersRequest, VersionReference
 from server.domain.techniques import Technique
 from server.services.ports import JobFilter, ModelFilter
 
@@ -56,6 +56,25 @@ class ListDocuments:
     model_id: str
     page: PageRequest
     state: DocumentState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListVersions:
+    """A page of a model's versions."""
+
+    model_id: str
+    page: PageRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ExportVersion:
+    """A version to write as files; the format None: as it is."""
+
+    model_id: str
+    version: int
+    format: ExportFormat | None = None
+    request_id: str = ""
+    validate_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from server.services.datasets import Datasets
 from server.services.estimating import Estimator
 from server.services.fine_tuning import FineTuning
 from server.services.inference_service import InferenceService
+from server.services.job_control import JobControl
 from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_answers import RagAnswers
@@ -28,6 +29,9 @@ from server.services.rag_models import RagModels
 from server.services.references import References
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
+from server.services.versions import Versions
+from server.storage.artefacts import ArtefactStore
+from server.storage.downloads import ArtefactDownloads
 from server.storage.files import LocalFiles
 from tests.contract.test_contract import DESCRIPTOR_SET
 from tests.contract.test_gateway import ENVOY, TEMPLATE
@@ -56,8 +60,9 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     references = References(database, source)
     services = Services(
         models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),
-        training=TrainingService(database, feed, datasets),
+        training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
+        versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),
     )
     server = ApiServer(services, "default", "127.0.0.1:0")
     port = await server.start()

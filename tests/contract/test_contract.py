@@ -32,6 +32,14 @@ PROMISED = (
     ("post", "/inference", "InferenceService.Generate"),
     ("post", "/rag/inference", "InferenceService.RagGenerate"),
     ("patch", "/models/{model_id}", "ModelService.UpdateModel"),
+    ("get", "/models/{model_id}/versions", "ModelService.ListModelVersions"),
+    ("get", "/models/{model_id}/versions/{version}", "ModelService.GetModelVersion"),
+    ("post", "/models/{model_id}/versions/{version}/promote", "ModelService.PromoteModelVersion"),
+    ("delete", "/models/{model_id}/versions/{version}", "ModelService.DeleteModelVersion"),
+    ("post", "/models/{model_id}/versions/{version}/export", "ModelService.ExportModelVersion"),
+    ("get", "/models/{model_id}/versions/{version}/files", "ModelService.ListModelFiles"),
+    ("get", "/models/{model_id}/versions/{version}/files/{path=**}", "ModelService.DownloadModelFile"),
+    ("get", "/models/{model_id}/versions/{version}/archive", "ModelService.DownloadModelArchive"),
     ("post", "/models/{model_id}/documents/batch", "ModelService.AddDocuments"),
     ("get", "/models/{model_id}/documents", "ModelService.ListDocuments"),
     ("get", "/models/{model_id}/documents/{document_id}", "ModelService.GetDocument"),
@@ -56,6 +64,8 @@ BODIES = {"TrainingService.UploadDataset": "data", "ModelService.EstimateFineTun
 STREAMS = {
     "TrainingService.UploadDataset": (True, False),
     "TrainingService.WatchTrainingJob": (False, True),
+    "ModelService.DownloadModelFile": (False, True),
+    "ModelService.DownloadModelArchive": (False, True),
     "InferenceService.StreamGenerate": (False, True),
     "InferenceService.StreamRagGenerate": (False, True),
 }

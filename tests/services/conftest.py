@@ -14,12 +14,16 @@ from server.inference.client import EngineClient
 from server.services.datasets import Datasets
 from server.services.estimating import Estimator
 from server.services.fine_tuning import FineTuning
+from server.services.job_control import JobControl
 from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_models import RagModels
 from server.services.requests import CreateFineTunedModel
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
+from server.services.versions import Versions
+from server.storage.artefacts import ArtefactStore
+from server.storage.downloads import ArtefactDownloads
 from server.storage.files import LocalFiles
 
 ORGANIZATION = "default"
@@ -48,6 +52,7 @@ class UseCases:
     models: ModelService
     training: TrainingService
     datasets: Datasets
+    versions: Versions
     storage: Path
 
 
@@ -59,6 +64,8 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, MACHINE))
     models = ModelService(database, files, engine, source, tuning, RagModels(database, source))
-    yield UseCases(models, TrainingService(database, feed, datasets), datasets, storage)
+    training = TrainingService(database, feed, datasets, JobControl(database, files))
+    versions = Versions(database, files, ArtefactDownloads(ArtefactStore(storage)), engine)
+    yield UseCases(models, training, datasets, versions, storage)
     await feed.close()
     await engine.close()

@@ -223,7 +223,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExportModelVersion(self, request, context):
-        """Creates the job that writes a version as files to download.
+        """Creates the job that writes a version as files to download. A version is exported once in each format: where that was done, or is
+        being done, the answer is the job that does it. INVALID_ARGUMENT for a format that the technique's weights cannot have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -237,14 +238,16 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadModelFile(self, request, context):
-        """Downloads one file of a version or of an export of it.
+        """Downloads one file of a version or of an export of it. Its hash is checked before the first byte: FAILED_PRECONDITION, reason
+        ARTIFACT_INVALID, names a damaged file. ListModelFiles tells size and hash, to see that all of it arrived.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadModelArchive(self, request, context):
-        """Downloads all files of a version or of an export of it as one tar archive.
+        """Downloads all files of a version or of an export of it as one tar archive with one directory, checked likewise. The same files
+        always give the same bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

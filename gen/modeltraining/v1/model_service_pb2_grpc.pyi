@@ -60,13 +60,19 @@ class ModelServiceStub:
     DeleteModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]
     """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it."""
     ExportModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ExportModelVersionRequest, _model_service_pb2.ExportModelVersionResponse]
-    """Creates the job that writes a version as files to download."""
+    """Creates the job that writes a version as files to download. A version is exported once in each format: where that was done, or is
+    being done, the answer is the job that does it. INVALID_ARGUMENT for a format that the technique's weights cannot have.
+    """
     ListModelFiles: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelFilesRequest, _model_service_pb2.ListModelFilesResponse]
     """Lists the files of a version or of an export of it."""
     DownloadModelFile: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelFileRequest, _httpbody_pb2.HttpBody]
-    """Downloads one file of a version or of an export of it."""
+    """Downloads one file of a version or of an export of it. Its hash is checked before the first byte: FAILED_PRECONDITION, reason
+    ARTIFACT_INVALID, names a damaged file. ListModelFiles tells size and hash, to see that all of it arrived.
+    """
     DownloadModelArchive: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelArchiveRequest, _httpbody_pb2.HttpBody]
-    """Downloads all files of a version or of an export of it as one tar archive."""
+    """Downloads all files of a version or of an export of it as one tar archive with one directory, checked likewise. The same files
+    always give the same bytes.
+    """
     CreateRagModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]
     """Creates a RAG model and the job that indexes its documents."""
     AddDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]
@@ -108,13 +114,19 @@ class ModelServiceAsyncStub(ModelServiceStub):
     DeleteModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelVersionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a version with its files and exports. FAILED_PRECONDITION while it answers or a job uses it."""
     ExportModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ExportModelVersionRequest, _model_service_pb2.ExportModelVersionResponse]  # type: ignore[assignment]
-    """Creates the job that writes a version as files to download."""
+    """Creates the job that writes a version as files to download. A version is exported once in each format: where that was done, or is
+    being done, the answer is the job that does it. INVALID_ARGUMENT for a format that the technique's weights cannot have.
+    """
     ListModelFiles: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelFilesRequest, _model_service_pb2.ListModelFilesResponse]  # type: ignore[assignment]
     """Lists the files of a version or of an export of it."""
     DownloadModelFile: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelFileRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """Downloads one file of a version or of an export of it."""
+    """Downloads one file of a version or of an export of it. Its hash is checked before the first byte: FAILED_PRECONDITION, reason
+    ARTIFACT_INVALID, names a damaged file. ListModelFiles tells size and hash, to see that all of it arrived.
+    """
     DownloadModelArchive: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadModelArchiveRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
-    """Downloads all files of a version or of an export of it as one tar archive."""
+    """Downloads all files of a version or of an export of it as one tar archive with one directory, checked likewise. The same files
+    always give the same bytes.
+    """
     CreateRagModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]  # type: ignore[assignment]
     """Creates a RAG model and the job that indexes its documents."""
     AddDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]  # type: ignore[assignment]
@@ -219,7 +231,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.ExportModelVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.ExportModelVersionResponse, _abc.Awaitable[_model_service_pb2.ExportModelVersionResponse]]:
-        """Creates the job that writes a version as files to download."""
+        """Creates the job that writes a version as files to download. A version is exported once in each format: where that was done, or is
+        being done, the answer is the job that does it. INVALID_ARGUMENT for a format that the technique's weights cannot have.
+        """
 
     @_abc_1.abstractmethod
     def ListModelFiles(
@@ -235,7 +249,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DownloadModelFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
-        """Downloads one file of a version or of an export of it."""
+        """Downloads one file of a version or of an export of it. Its hash is checked before the first byte: FAILED_PRECONDITION, reason
+        ARTIFACT_INVALID, names a damaged file. ListModelFiles tells size and hash, to see that all of it arrived.
+        """
 
     @_abc_1.abstractmethod
     def DownloadModelArchive(
@@ -243,7 +259,9 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DownloadModelArchiveRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
-        """Downloads all files of a version or of an export of it as one tar archive."""
+        """Downloads all files of a version or of an export of it as one tar archive with one directory, checked likewise. The same files
+        always give the same bytes.
+        """
 
     @_abc_1.abstractmethod
     def CreateRagModel(

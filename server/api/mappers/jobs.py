@@ -9,7 +9,7 @@ from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.fine_tuning import fine_tune_to_proto
 from server.api.mappers.retrieval import chunking_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.jobs import Job, JobKind, JobState, Progress, Usage
+from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState, Progress, Usage
 from server.domain.specs import ExportSpec, FineTuneSpec, Spec
 from server.services.ports import JobFilter
 from server.services.requests import ListJobs, PageRequest
@@ -83,6 +83,31 @@ def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
         return TrainingJob.EffectiveConfig(export=TrainingJob.ExportConfig(version=spec.version, format=form))
     return TrainingJob.EffectiveConfig(
         rag_index=TrainingJob.RagIndexConfig(embedding_model=spec.embedding_model, chunking=chunking_to_proto(spec.chunking))
+    )
+
+
+def attempt_to_proto(attempt: Attempt) -> training_job_pb2.TrainingJob.Attempt:
+    """Write one try at a job."""
+    return TrainingJob.Attempt(
+        attempt=attempt.attempt,
+        state=state_to_proto(attempt.state),
+        reason=attempt.reason,
+        error=status_from_data(attempt.error) if attempt.error else None,
+        last_step=attempt.last_step,
+        start_time=time_to_proto(attempt.start_time),
+        end_time=time_to_proto(attempt.end_time),
+        job_id=attempt.job_id,
+    )
+
+
+def checkpoint_to_proto(checkpoint: Checkpoint) -> training_job_pb2.TrainingJob.Checkpoint:
+    """Write a saved state."""
+    return TrainingJob.Checkpoint(
+        step=checkpoint.step,
+        size_bytes=checkpoint.size_bytes,
+        eval_loss=checkpoint.eval_loss,
+        best=checkpoint.best,
+        create_time=time_to_proto(checkpoint.create_time),
     )
 
 
