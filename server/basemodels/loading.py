@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.errors import BaseModelRefused
 
@@ -40,18 +40,25 @@ def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_causal_model(
-    directory: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str = "sdpa"
+    directory: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str | None = None, exact: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model in evaluation mode. Raises BaseModelRefused when transformers cannot load it safely."""
+    """Load a causal language model in evaluation mode. Raises BaseModelRefused when transformers cannot load it safely.
+
+    `attention` None: the fastest that the architecture has. A weight that the files lack is refused, where transformers would make one
+    up; with `exact` also one that the architecture does not know.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelRefused(
             "The model's directory holds no causal language model that can be loaded.", reason="MODEL_INVALID"
         ) from error
     assert isinstance(model, PreTrainedModel)
+    if odd := sorted({*found["missing_keys"], *(found["unexpected_keys"] if exact else ())}):
+        raise BaseModelRefused(f"The model's files and its architecture differ in {odd[0]}.", reason="MODEL_INVALID")
     model.to(device)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only
     model.train(False)
     return model
@@ -67,4 +74,16 @@ def preferred_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 def count_context_tokens(model: PreTrainedModel) -> int:
     """Give the longest sequence that the model takes, in tokens."""
-    return int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2048)
+    return _count_context_tokens(model.config)
+
+
+def read_context_tokens(directory: Path) -> int:
+    """Give the same of a model that is not loaded. Raises BaseModelRefused where it has no configuration that can be read."""
+    try:
+        return _count_context_tokens(AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelRefused("The model's directory holds no configuration that can be read.", reason="MODEL_INVALID") from error
+
+
+def _count_context_tokens(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)

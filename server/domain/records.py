@@ -1,28 +1,73 @@
-"""Training records: one line of a dataset to a conversation, or to the finding that says what is wrong with it.
+"""Training records: what is learnt from, whatever form it was kept in, and what makes a value none."""
 
-Upload and training read records through this one function: what was accepted is what is trained.
-"""
-
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
-from server.domain.findings import Finding
-from server.domain.generation import ChatMessage, Role
+from server.domain.datasets import RecordKind
+from server.domain.findings import Finding, Severity
 
-MAX_RECORD_BYTES = 4 << 20  # a longer line is no training record; bounds the memory of a reader
+MAX_RECORD_BYTES = 4 << 20  # a longer record is none; bounds the memory of a reader
+
+
+class TurnRole(StrEnum):
+    """Who speaks in a record."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the assistant makes. `arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. `weight` is how much the prediction of an assistant's message counts; 0: it is read, not learnt."""
+
+    role: TurnRole
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation to learn from. `is_completion` records are continued as they are, without a chat template."""
+    """What to learn from. A pair has its prompt in `turns` and the answers in `chosen` and `rejected`; a text only `text`.
 
-    messages: tuple[ChatMessage, ...]
-    is_completion: bool = False
+    `is_plain`: the turns are a prompt and its continuation (or continuations), joined as they are, without a chat template.
+    `tools` are JSON texts, one per tool that the assistant may call.
+    """
+
+    kind: RecordKind
+    turns: tuple[Turn, ...] = ()
+    text: str = ""
+    chosen: tuple[Turn, ...] = ()
+    rejected: tuple[Turn, ...] = ()
+    tools: tuple[str, ...] = ()
+    is_plain: bool = False
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether it holds a chosen and a rejected answer."""
+        return self.kind is RecordKind.PREFERENCE
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that it says, in order."""
+        return (self.text,) if self.text else tuple(turn.content for turn in (*self.turns, *self.chosen, *self.rejected))
 
 
 class RecordInvalid(ValueError):
-    """A line is no record: `code` is stable, the message is for a person."""
+    """A value is no record: `code` is stable, the message is for a person."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -30,72 +75,37 @@ class RecordInvalid(ValueError):
 
     def to_finding(self, line: int) -> Finding:
         """Name the line (from 1) that this was found on."""
-        return Finding(line, self.code, str(self))
+        return Finding(line, self.code, str(self), Severity.ERROR)
 
 
-def parse_record(line: bytes) -> Record:
-    """Read one JSONL line. Raises RecordInvalid."""
-    if len(line) > MAX_RECORD_BYTES:
-        raise RecordInvalid("RECORD_TOO_LONG", f"The record has more than {MAX_RECORD_BYTES >> 20} MiB.")
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise RecordInvalid("NOT_UTF8", "The line is not UTF-8 text.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        detail = f" ({error.msg} at character {error.colno})" if isinstance(error, json.JSONDecodeError) else " (nested too deep)"
-        raise RecordInvalid("BROKEN_JSON", f"The line is not JSON{detail}.") from None
-    if not isinstance(value, dict):
-        raise RecordInvalid("NOT_AN_OBJECT", "The line is JSON, but not an object with `messages`, or `prompt` and `completion`.")
-    if "messages" in value:
-        return _parse_chat(value)
-    if "prompt" in value or "completion" in value:
-        return _parse_completion(value)
-    raise RecordInvalid("MISSING_FIELD", "The record has neither `messages` nor `prompt` and `completion`.")
+def make_too_long() -> RecordInvalid:
+    """Say that a record is larger than any may be."""
+    return RecordInvalid("RECORD_TOO_LONG", f"The record has more than {MAX_RECORD_BYTES >> 20} MiB.")
 
 
-def _parse_chat(value: Mapping[str, object]) -> Record:
-    raw = value["messages"]
-    if not isinstance(raw, list) or not raw:
-        raise RecordInvalid("EMPTY_MESSAGES", "`messages` must be a list with at least one user and one assistant turn.")
-    messages = tuple(_parse_message(item, place) for place, item in enumerate(raw))
-    check_turns(messages)
-    if messages[-1].role is not Role.ASSISTANT:
-        raise RecordInvalid("BAD_ROLE_ORDER", "The last message must be the assistant's.")
-    return Record(messages)
+def check_turns(turns: tuple[Turn, ...]) -> None:
+    """Demand an optional system turn, then user and assistant in turn; tools may answer between two of the assistant's.
 
-
-def _parse_message(item: object, place: int) -> ChatMessage:
-    if not isinstance(item, dict) or not isinstance(item.get("content"), str) or not isinstance(item.get("role"), str):
-        raise RecordInvalid("BAD_MESSAGE", f"messages[{place}] must be an object with the texts `role` and `content`.")
-    if item["role"] not in {role.value for role in Role}:
-        raise RecordInvalid("UNKNOWN_ROLE", f"messages[{place}].role is {item['role'][:40]!r}; it must be system, user or assistant.")
-    content = _text(item["content"], f"messages[{place}].content")
-    return ChatMessage(Role(item["role"]), content)
-
-
-def _text(content: str, name: str) -> str:
-    if not content.strip():
-        raise RecordInvalid("EMPTY_TEXT", f"{name} is empty.")
-    if any("\ud800" <= character <= "\udfff" for character in content):
-        raise RecordInvalid("NOT_UTF8", f"{name} has half of a surrogate pair, which is no text.")
-    return content
-
-
-def check_turns(messages: tuple[ChatMessage, ...]) -> None:
-    """Demand an optional system turn first, then user and assistant in turn. Raises RecordInvalid."""
-    turns = messages[1:] if messages and messages[0].role is Role.SYSTEM else messages
-    for place, message in enumerate(turns):
-        expected = Role.USER if place % 2 == 0 else Role.ASSISTANT
-        if message.role is not expected:
-            number = place + len(messages) - len(turns)
-            raise RecordInvalid("BAD_ROLE_ORDER", f"messages[{number}] is the {message.role.value}'s where the {expected.value}'s is due.")
-    if not turns:
+    Raises RecordInvalid.
+    """
+    last: Turn | None = None
+    for place, turn in enumerate(turns):
+        if turn.role is TurnRole.SYSTEM and place == 0:
+            continue
+        due = _find_due_roles(last)
+        if turn.role not in due:
+            expected = " or ".join(f"the {role.value}'s" for role in due)
+            raise RecordInvalid("BAD_ROLE_ORDER", f"messages[{place}] is the {turn.role.value}'s where {expected} is due.")
+        last = turn
+    if last is None:
         raise RecordInvalid("BAD_ROLE_ORDER", "There is no user turn.")
 
 
-def _parse_completion(value: Mapping[str, object]) -> Record:
-    prompt, completion = value.get("prompt"), value.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise RecordInvalid("MISSING_FIELD", "`prompt` and `completion` must both be texts.")
-    user = ChatMessage(Role.USER, _text(prompt, "prompt"))
-    return Record((user, ChatMessage(Role.ASSISTANT, _text(completion, "completion"))), is_completion=True)
+def _find_due_roles(last: Turn | None) -> tuple[TurnRole, ...]:
+    if last is None:
+        return (TurnRole.USER,)
+    if last.role is TurnRole.USER:
+        return (TurnRole.ASSISTANT,)
+    if last.role is TurnRole.TOOL:
+        return TurnRole.ASSISTANT, TurnRole.TOOL
+    return (TurnRole.TOOL,) if last.tool_calls else (TurnRole.USER,)

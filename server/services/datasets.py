@@ -10,7 +10,8 @@ from server.domain.datasets import Dataset, DatasetFormat, RecordKind
 from server.domain.errors import FailedPrecondition, FieldViolation, InvalidInput
 from server.domain.findings import Finding
 from server.domain.ids import DATASET, new_id
-from server.domain.records import RecordInvalid, parse_record
+from server.domain.record_forms import parse_record
+from server.domain.records import RecordInvalid
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.paging import close_page, open_page
 from server.services.ports import Database, Files, StoredFile, Transaction
@@ -134,7 +135,7 @@ class _Scan:
                     self.findings.append(error.to_finding(self.line))
             else:
                 self.good += 1
-                self.kinds[RecordKind.COMPLETION if record.is_completion else RecordKind.CHAT] += 1
+                self.kinds[record.kind] += 1
 
 
 def _describe(dataset_id: str, name: str, path: str, stored: StoredFile, scan: _Scan) -> Dataset:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from server.training.data import TokenizedRecords
+from server.datafiles.tokens import TokenizedRecords
 
 
 @dataclass(frozen=True, slots=True)

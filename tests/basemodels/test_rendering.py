@@ -7,9 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from server.basemodels.errors import RenderingRefused
 from server.basemodels.loading import load_tokenizer
-from server.basemodels.rendering import find_stop_token_ids, hash_template, render, render_completion, render_record
+from server.basemodels.rendering import find_stop_token_ids, hash_template, render, render_completion
 from server.domain.generation import ChatMessage, Role
-from server.domain.records import Record
 from tests.tiny_models import FAMILIES, build_tiny_causal_model
 
 CONVERSATION = (
@@ -65,8 +64,7 @@ def test_padding_is_never_the_end_token(tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def test_a_completion_is_continued_as_it_is_and_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    record = Record((ChatMessage(Role.USER, "The river"), ChatMessage(Role.ASSISTANT, " town.")), is_completion=True)
-    rendered = render_record(tokenizer, record)
+    rendered = render_completion(tokenizer, "The river", " town.")
     (span,) = rendered.spans
     assert rendered.token_ids[: span.start] == render_completion(tokenizer, "The river").token_ids
     assert rendered.token_ids[span.end - 1] == tokenizer.eos_token_id
