@@ -12,17 +12,29 @@ from transformers import (
     BertModel,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 CORPUS = (
@@ -60,7 +72,21 @@ FAMILIES: dict[str, tuple[str | None, str, str | None, bool, str]] = {
     "qwen2": (None, "<|im_end|>", "<|endoftext|>", False, CHATML),
     "gemma": ("<bos>", "<eos>", "<pad>", True, GEMMA),
 }
-EXTRA_SPECIAL_TOKENS = {"qwen2": ["<|im_start|>"], "gemma": ["<start_of_turn>", "<end_of_turn>"]}
+# Architectures beside those: the same tests run over them where an architecture matters, not where a tokenizer does.
+MORE_FAMILIES: dict[str, tuple[str | None, str, str | None, bool, str]] = {
+    "falcon40": FAMILIES["falcon"],
+    "qwen3": FAMILIES["qwen2"],
+    "gemma2": FAMILIES["gemma"],
+    "gemma3": FAMILIES["gemma"],
+    "phi": (None, "<|endoftext|>", None, False, CHATML),
+    "phi3": ("<s>", "<|endoftext|>", "<pad>", False, CHATML),
+    "gpt_neox": (None, "<|endoftext|>", None, False, CHATML),
+}
+ALL_FAMILIES = FAMILIES | MORE_FAMILIES
+EXTRA_SPECIAL_TOKENS = {
+    **{family: ["<|im_start|>"] for family in ("qwen2", "qwen3", "phi", "phi3", "gpt_neox")},
+    **{family: ["<start_of_turn>", "<end_of_turn>"] for family in ("gemma", "gemma2", "gemma3")},
+}
 
 
 def build_tiny_causal_model(directory: Path, family: str = "llama", chat_template: bool = True, seed: int = 0) -> Path:
@@ -68,7 +94,7 @@ def build_tiny_causal_model(directory: Path, family: str = "llama", chat_templat
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _build_tokenizer(family)
     if chat_template:
-        tokenizer.chat_template = FAMILIES[family][4]
+        tokenizer.chat_template = ALL_FAMILIES[family][4]
     tokenizer.save_pretrained(directory)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -78,7 +104,7 @@ def build_tiny_causal_model(directory: Path, family: str = "llama", chat_templat
 
 
 def _build_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    bos, eos, pad, adds_bos, _ = FAMILIES[family]
+    bos, eos, pad, adds_bos, _ = ALL_FAMILIES[family]
     special = [token for token in (pad, bos, eos, *EXTRA_SPECIAL_TOKENS.get(family, [])) if token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -110,6 +136,13 @@ def _build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "falcon": (FalconForCausalLM, FalconConfig, {"multi_query": True, "parallel_attn": True, "bias": False, "alibi": False}),
         "qwen2": (Qwen2ForCausalLM, Qwen2Config, grouped),
         "gemma": (GemmaForCausalLM, GemmaConfig, {**grouped, "head_dim": 16}),
+        "falcon40": (FalconForCausalLM, FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": False, "alibi": False}),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**grouped, "head_dim": 16}),
+        "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**grouped, "head_dim": 16, "sliding_window": 16}),
+        "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {**grouped, "head_dim": 16, "sliding_window": 16}),
+        "phi": (PhiForCausalLM, PhiConfig, grouped),
+        "phi3": (Phi3ForCausalLM, Phi3Config, grouped),
+        "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {"intermediate_size": 128, "max_position_embeddings": CONTEXT_TOKENS}),
     }
     model_class, config_class, extra = builders[family]
     return model_class(config_class(**common, **extra))  # type: ignore[arg-type]  # each family's class takes its own config

@@ -6,25 +6,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from server.basemodels.errors import BaseModelRefused
 from server.basemodels.loading import load_causal_model, load_tokenizer
+from server.basemodels.quantization import dequantize_in_place
 from server.basemodels.rendering import PROBE, effective_template, find_stop_token_ids, hash_template, render
 from server.basemodels.sources import ResolvedModel
 from server.domain.jobs import FailureReason, JobFailure
+from server.domain.techniques import Quantization
 from server.storage.artefacts import Artefact, ArtefactStore, Described
 from server.training.card import CARD_FACTS, CARD_NAME, CardFacts, write_model_card
+from server.training.techniques.full import FullTrained
+from server.training.techniques.trained import Trained
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-# The adapter's weights and the tokenizer's files, and room for the file system.
+# The tokenizer's files, and room for the file system.
 SPACE_RESERVE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """How much the adapter changes the base model's logits for the probe: the largest and the mean absolute difference."""
+    """How much training changed the base model's logits for the probe: the largest and the mean absolute difference."""
 
     largest: float
     mean: float
@@ -33,28 +38,33 @@ class Effect:
 def save_result(
     store: ArtefactStore,
     path: str,
-    model: PeftModel,
+    trained: Trained,
     tokenizer: PreTrainedTokenizerBase,
     base: ResolvedModel,
     facts: Mapping[str, Described],
     card: CardFacts | None = None,
 ) -> Artefact:
-    """Write adapter, tokenizer, template and card; the manifest ties them to the base model's revision and to golden token ids."""
-    adapter_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    store.require_space(adapter_bytes + SPACE_RESERVE_BYTES)
+    """Write weights, tokenizer, template and card; the manifest ties them to the base model's revision and to golden token ids.
+
+    An adapter belongs on the base model's weights or, where the manifest names a quantization, on what 4 bits keep of them.
+    """
+    store.require_space(sum(parameter.nbytes for parameter in trained.parameters.values()) + SPACE_RESERVE_BYTES)
 
     def fill(directory: Path) -> Mapping[str, Described]:
-        for config in model.peft_config.values():
-            # By name: the directory that the base was loaded from means nothing elsewhere.
-            config.base_model_name_or_path = base.base_model
-            config.revision = None
-        model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
+        if isinstance(trained.model, PeftModel):
+            for config in trained.model.peft_config.values():
+                # By name: the directory that the base was loaded from means nothing elsewhere.
+                config.base_model_name_or_path = base.base_model
+                config.revision = None
+        trained.save(directory)
         (directory / CARD_NAME).unlink(missing_ok=True)
         tokenizer.chat_template = effective_template(tokenizer)
         tokenizer.save_pretrained(directory)
         told = _write_card(directory, replace(card, template_sha256=hash_template(tokenizer))) if card else {}
         return {
-            "kind": "adapter",
+            "kind": trained.kind,
+            "quantization": trained.quantization.value if trained.quantization else "",
+            "double_quantization": trained.double_quantization,
             "base_model": base.base_model,
             "base_revision": base.revision,
             "template_sha256": hash_template(tokenizer),
@@ -82,37 +92,47 @@ def try_result(artefact: Artefact, base_directory: Path, dtype: torch.dtype, dev
     golden = cast(list[int], artefact.description["golden_token_ids"])
     if render(tokenizer, PROBE).token_ids != golden:
         raise _invalid("The saved tokenizer and template do not give the token ids that were trained.")
-    base = load_causal_model(base_directory, dtype=dtype, device=device)
     ids = torch.tensor([golden], device=device)
+    base = load_causal_model(base_directory, dtype=dtype, device=device)
+    if quantization := artefact.description.get("quantization"):
+        dequantize_in_place(base, Quantization(quantization), bool(artefact.description.get("double_quantization")))
     with torch.no_grad():
         before = base(input_ids=ids, use_cache=False).logits.float()
-        adapted = PeftModel.from_pretrained(base, str(artefact.directory), is_trainable=False)
-        _check_consumed(adapted, artefact.directory / WEIGHTS_NAME)
-        after = adapted(input_ids=ids, use_cache=False).logits.float()
+        if artefact.description["kind"] == FullTrained.kind:
+            del base  # two whole models need not fit into memory
+            tuned: torch.nn.Module = _load_whole(artefact.directory, dtype, device)
+        else:
+            tuned = PeftModel.from_pretrained(base, str(artefact.directory), is_trainable=False)
+            _check_adapter_consumed(tuned, artefact.directory / WEIGHTS_NAME)
+        # Virtual tokens may have places in front.
+        after = tuned(input_ids=ids, use_cache=False).logits.float()[:, -len(golden) :]
     difference = (after - before).abs()
     effect = Effect(float(difference.max()), float(difference.mean()))
     if not torch.isfinite(after).all() or effect.largest == 0.0:
-        raise _invalid("The trained adapter does not change what the base model answers.")
+        raise _invalid("The trained weights do not change what the base model answers.")
     return effect
 
 
-def _check_consumed(model: PeftModel, weights: Path) -> None:
+def _check_adapter_consumed(model: PeftModel, weights: Path) -> None:
     """Compare every tensor of the file with what the model now holds under that name."""
-    held = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+    if model.active_peft_config.is_prompt_learning:
+        held = {"prompt_embeddings": model.prompt_encoder["default"].embedding.weight.detach()}
+    else:
+        held = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:
-        names = set(file.keys())
-        for name in sorted(names):
-            parameter = held.get(_plain_name(name))
-            if parameter is None or not torch.equal(parameter.detach().cpu(), file.get_tensor(name).to(parameter.dtype)):
-                raise _invalid(f"The adapter's tensor {name} was not taken up by the base model.")
-    adapters = {name for name in held if "lora_" in name}
-    if not names or len(adapters) != len(names):
-        raise _invalid("The adapter's file holds fewer tensors than the model needs.")
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
+    if lost := sorted(held.keys() - found.keys()):
+        raise _invalid(f"The file of weights holds fewer tensors than the model needs: {lost[0]} is not there.")
+    for name, tensor in found.items():
+        if name not in held or not torch.equal(held[name].cpu(), tensor.to(held[name].dtype)):
+            raise _invalid(f"The tensor {name} was not taken up by the model.")
 
 
-def _plain_name(name: str) -> str:
-    """Strip the adapter's name, which peft puts into parameter names and leaves out in files."""
-    return name.replace(".default.", ".")
+def _load_whole(directory: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    try:
+        return load_causal_model(directory, dtype=dtype, device=device, exact=True)
+    except BaseModelRefused as error:
+        raise _invalid(f"The trained model cannot be loaded: {error}") from error
 
 
 def _invalid(message: str) -> JobFailure:

@@ -27,7 +27,7 @@ class Checkpoints:
     def save(self, position: Position, best: bool) -> None:
         """Write a checkpoint; `best` has it kept beside the latest. Raises DiskFull."""
         path = f"{self.order.job_path}/checkpoint-{position.step}-{self.order.lease_epoch}"
-        saved = save_checkpoint(self.store, path, self.trained.parameters, self.optimiser, position, self.job)
+        saved = save_checkpoint(self.store, path, self.trained, self.optimiser, position, self.job)
         if best:
             self.best_path = path
         self.emit(CheckpointSaved(position.step, path, saved.size_bytes, best))
@@ -58,6 +58,4 @@ class Checkpoints:
             return position.step
 
     def _load(self, path: str) -> Position:
-        position = load_checkpoint(self.store, path, self.trained.parameters, self.optimiser, self.job)
-        self.trained.refresh()
-        return position
+        return load_checkpoint(self.store, path, self.trained, self.optimiser, self.job)

@@ -102,7 +102,7 @@ class Network:
             self._causal.set_attn_implementation(PACKED_ATTENTION)
             try:
                 difference = (head(self._hide_packed(probe)).float() - expected).norm() / expected.norm()
-                self.packed = head.bias is None and float(difference) <= PROBE_TOLERANCES.get(self._causal.dtype, 1e-3)
+                self.packed = float(difference) <= PROBE_TOLERANCES.get(self._causal.dtype, 1e-3)
             except UnsupportedAttention:
                 self.packed = False
         self.model.train(was_training)

@@ -14,12 +14,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 from server.basemodels.loading import load_causal_model
 from server.domain.jobs import JobFailure
 from server.domain.techniques import LoraTechnique
-from server.training.adapters import add_lora, trainable_parameters
 from server.training.attention import MAX_EXPLICIT_TOKENS, attend_packed, attend_record
 from server.training.batches import MicroBatch, make_micro_batch
 from server.training.data import TokenizedRecords
 from server.training.loss import sum_cross_entropy, token_cross_entropies
 from server.training.network import Network
+from server.training.techniques.apply import apply_technique
+from server.training.techniques.trained import find_trainable
 from tests.tiny_models import FAMILIES, build_tiny_causal_model
 
 LENGTHS = (40, 9, 23, 64, 5, 31, 17, 12)
@@ -36,10 +37,10 @@ def make_records(vocabulary: int, lengths: Sequence[int] = LENGTHS) -> Tokenized
 
 def build_network(directory: Path, family: str, *, dropout: float = 0.0) -> Network:
     model = load_causal_model(build_tiny_causal_model(directory / family, family), dtype=torch.float32)
-    adapted = add_lora(model, LoraTechnique(rank=4, alpha=8.0, dropout=dropout), seed=3)
+    adapted = apply_technique(model, LoraTechnique(rank=4, alpha=8.0, dropout=dropout), seed=3, total_steps=1).model
     network = Network(adapted)
     with torch.no_grad():  # adapters start without effect; give them one
-        for name, parameter in trainable_parameters(adapted).items():
+        for name, parameter in find_trainable(adapted).items():
             if "lora_B" in name:
                 parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(5))
     return network
@@ -50,7 +51,7 @@ def gradients(network: Network, batches: Sequence[MicroBatch]) -> dict[str, torc
     trained = sum(batch.trained_count for batch in batches)
     for batch in batches:
         (network.sum_loss(batch) / trained).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return {name: parameter.grad.clone() for name, parameter in trainable_parameters(network.model).items() if parameter.grad is not None}
+    return {name: parameter.grad.clone() for name, parameter in find_trainable(network.model).items() if parameter.grad is not None}
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -58,7 +59,8 @@ def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build_network(tmp_path_factory.mktemp("network"), request.param)
 
 
-def causal_of(model: PeftModel) -> PreTrainedModel:
+def causal_of(model: nn.Module) -> PreTrainedModel:
+    assert isinstance(model, PeftModel)
     causal = model.get_base_model()
     assert isinstance(causal, PreTrainedModel)
     return causal
@@ -104,7 +106,7 @@ def test_an_architecture_with_attention_of_another_kind_keeps_its_own_forward_pa
     gemma = Gemma2Config(
         vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=32
     )
-    network = Network(add_lora(Gemma2ForCausalLM(gemma), LoraTechnique(rank=2), seed=0))
+    network = Network(apply_technique(Gemma2ForCausalLM(gemma), LoraTechnique(rank=2), seed=0, total_steps=1).model)
     assert not network.packed
     batch = make_micro_batch(make_records(300), range(8))
     assert torch.isfinite(network.sum_loss(batch))
@@ -123,7 +125,7 @@ def test_fused_layers_give_the_gradients_of_pefts_own(tmp_path: Path) -> None:
         loss = loss + cross_entropy(adapted(input_ids=ids).logits[0, :-1][mask[1:]], ids[0, 1:][mask[1:]], reduction="sum")
         trained += int(mask.sum())
     (loss / trained).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    for name, parameter in trainable_parameters(adapted).items():
+    for name, parameter in find_trainable(adapted).items():
         assert parameter.grad is not None
         torch.testing.assert_close(fused[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -165,10 +167,10 @@ def test_records_that_lie_end_to_end_do_not_see_each_other() -> None:
     assert not torch.equal(before[:, :12], after[:, :12])
 
 
-def make_head_inputs() -> tuple[torch.Tensor, nn.Linear, torch.Tensor, torch.Tensor]:
+def make_head_inputs(bias: bool) -> tuple[torch.Tensor, nn.Linear, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(7, 16, requires_grad=True)
-    return hidden, nn.Linear(16, 50, bias=False), torch.randint(50, (7,)), torch.rand(7)
+    return hidden, nn.Linear(16, 50, bias=bias), torch.randint(50, (7,)), torch.rand(7)
 
 
 def assert_same_gradients(got: torch.Tensor, expected: torch.Tensor, inputs: Sequence[torch.Tensor]) -> None:
@@ -177,21 +179,23 @@ def assert_same_gradients(got: torch.Tensor, expected: torch.Tensor, inputs: Seq
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_the_chunked_loss_is_the_weighted_cross_entropy(rows: int) -> None:
-    hidden, head, targets, weights = make_head_inputs()
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_chunked_loss_is_the_weighted_cross_entropy(rows: int, bias: bool) -> None:
+    hidden, head, targets, weights = make_head_inputs(bias)
     expected = (cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     got = sum_cross_entropy(hidden, head, targets, weights, rows)
     torch.testing.assert_close(got, expected)
-    assert_same_gradients(got * 0.5, expected * 0.5, (hidden, head.weight))
+    assert_same_gradients(got * 0.5, expected * 0.5, (hidden, *head.parameters()))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_the_losses_of_tokens_take_any_upstream_gradient(rows: int) -> None:
-    hidden, head, targets, weights = make_head_inputs()
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_losses_of_tokens_take_any_upstream_gradient(rows: int, bias: bool) -> None:
+    hidden, head, targets, weights = make_head_inputs(bias)
     expected = cross_entropy(head(hidden), targets, reduction="none")
     got = token_cross_entropies(hidden, head, targets, rows)
     torch.testing.assert_close(got, expected)
-    assert_same_gradients(torch.sigmoid(got @ weights), torch.sigmoid(expected @ weights), (hidden, head.weight))
+    assert_same_gradients(torch.sigmoid(got @ weights), torch.sigmoid(expected @ weights), (hidden, *head.parameters()))
 
 
 def test_weights_and_losses_of_tokens_agree_with_the_sum(network: Network) -> None:
@@ -205,4 +209,4 @@ def test_weights_and_losses_of_tokens_agree_with_the_sum(network: Network) -> No
 def test_layers_that_do_not_exist_are_a_failure_with_advice(tmp_path: Path) -> None:
     model = load_causal_model(build_tiny_causal_model(tmp_path / "llama"), dtype=torch.float32)
     with pytest.raises(JobFailure, match="no linear layers named no_such_layer"):
-        add_lora(model, LoraTechnique(target_modules=("no_such_layer",)), seed=0)
+        apply_technique(model, LoraTechnique(target_modules=("no_such_layer",)), seed=0, total_steps=1)

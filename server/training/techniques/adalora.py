@@ -1,6 +1,6 @@
 """LoRA whose rank is spread over the layers by need (Zhang et al. 2023). The result is plain LoRA."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -75,10 +75,12 @@ class AdaLoraTrained(Trained):
             **{f"kept/{name}": torch.tensor(mask) for name, mask in kept.items()},
         }
 
+    def fits_state(self, names: Set[str]) -> bool:
+        """Tell whether these are averages and ranks."""
+        return all(name.startswith(STATE_PREFIXES) for name in names)
+
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore them."""
-        if any(not name.startswith(STATE_PREFIXES) for name in tensors):
-            raise ValueError("The state belongs to another technique.")
         sensitivity, uncertainty, kept = (
             {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)} for prefix in STATE_PREFIXES
         )

@@ -1,11 +1,13 @@
 """Every weight. The result is a model of its own, as transformers reads it."""
 
+import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from server.basemodels.loading import load_causal_model
 from server.training.techniques.masters import MasterWeights
 from server.training.techniques.trained import Trained, cannot_start, check_shapes
 
@@ -42,27 +44,25 @@ class FullTrained(Trained):
         """Write a directory of transformers, in the type in which the base model's weights are stored."""
         attention = self.causal.config._attn_implementation
         self.causal.set_attn_implementation("sdpa" if self.causal._supports_sdpa else "eager")
-        dtype = self.causal.config.dtype
-        self.causal.config.dtype = self._stored_dtype
-        state = {name: tensor.to(self._stored_dtype) if tensor.is_floating_point() else tensor for name, tensor in self._state().items()}
+        dtype = self._stored_dtype
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in self._state().items()}
         self.causal.save_pretrained(directory, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
-        self.causal.config.dtype = dtype
         self.causal.set_attn_implementation(attention)
+        # transformers notes the type that the model computes in.
+        path = directory / CONFIG_NAME
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
 
     def warm_start(self, directory: Path) -> None:
         """Take the weights of a whole model of the same shape. Raises JobFailure(BASE_MODEL_UNAVAILABLE) for another."""
-        files = sorted(directory.glob("model*.safetensors"))
-        if not files:
+        if not (directory / CONFIG_NAME).is_file():
             raise cannot_start("it is no whole model")
-        found: dict[str, torch.Tensor] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 -- not a mapping
-        held = {name: tensor for name, tensor in self._state().items() if name in found or name in self.parameters}
-        check_shapes({name: tensor.shape for name, tensor in held.items()}, {name: tensor.shape for name, tensor in found.items()})
+        # Through transformers: some families' files have other names than their layers.
+        found = dict(load_causal_model(directory, dtype=self.model.dtype).named_parameters())
+        held = dict(self.causal.named_parameters())
+        check_shapes({name: weight.shape for name, weight in held.items()}, {name: weight.shape for name, weight in found.items()})
         with torch.no_grad():
-            for name, tensor in held.items():
-                tensor.copy_(found[name])
+            for name, weight in held.items():
+                weight.copy_(found[name])
         self._masters.from_model()
 
     def _state(self) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ PiSSA and OLoRA train what they take out of the frozen weights. Here the weights
 frozen adapter, which is the same function, exact in any type, and a plain LoRA of twice the rank when saved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -113,13 +113,14 @@ class StartedFromWeights(Trained):
         """Give the start: another machine would factor the weights in other roundings."""
         return {name: parameter.detach() for name, parameter in self._start().items()}
 
+    def fits_state(self, names: Set[str]) -> bool:
+        """Tell whether it is a start."""
+        return names == self._start().keys()
+
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Restore the start."""
-        start = self._start()
-        if start.keys() != tensors.keys():
-            raise ValueError("The state belongs to another technique.")
         with torch.no_grad():
-            for name, parameter in start.items():
+            for name, parameter in self._start().items():
                 parameter.copy_(tensors[name])
 
     def save(self, directory: Path) -> None:

@@ -38,4 +38,6 @@ def train_qlora(model: PreTrainedModel, technique: QloraTechnique, probe: Probe,
             set_factors(layer, errors[name])
     if lora.initialization is LoraInitialization.EVA:
         start_from_inputs(adapted, lora.rank, probe(), seed)
-    return Trained(adapted)
+    trained = Trained(adapted)
+    trained.quantization, trained.double_quantization = technique.quantization, technique.double_quantization
+    return trained

@@ -1,6 +1,6 @@
 """A model under training, whatever the technique: what is trained of it, what goes into checkpoints, and how its result is written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from server.domain.jobs import FailureReason, JobFailure
+from server.domain.techniques import Quantization
 
 Model = PeftModel | PreTrainedModel
 
@@ -18,8 +19,11 @@ Model = PeftModel | PreTrainedModel
 class Trained:
     """The common case: peft keeps the trained parameters in float32 and writes and reads them itself."""
 
-    # The name of the manifest's kind, and the one file by which plain peft loads the result.
+    # What the result is, as its manifest says.
     kind = "adapter"
+    # How the weights that it was trained on are held; None: as they are.
+    quantization: Quantization | None = None
+    double_quantization = False
 
     def __init__(self, model: Model, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         self.model = model
@@ -46,10 +50,12 @@ class Trained:
         """Give what besides the parameters a checkpoint must hold."""
         return {}
 
+    def fits_state(self, names: Set[str]) -> bool:
+        """Tell whether a checkpoint's state of these names is of this technique."""
+        return not names
+
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state` gave, after the parameters. Raises ValueError when it is not of this technique."""
-        if tensors:
-            raise ValueError("The state belongs to another technique.")
+        """Restore what `state` gave, after the parameters."""
 
     def save(self, directory: Path) -> None:
         """Write the weights as peft or transformers read them; what was trained from them can go on by `warm_start`."""
