@@ -201,7 +201,7 @@ class _Listing:
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     from server.childprocess import run_child
-    from server.domain.orders import FineTuneOrder, IndexOrder
+    from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder
 
     _prepare_torch(settings)
     source = _make_source(settings)
@@ -213,6 +213,10 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
 
             cache = TokenCache(settings.cache_path / "tokens", TOKEN_CACHE_BYTES)
             run_fine_tune(order, _open_artefacts(settings), source, emit, signals, cache)
+        elif isinstance(order, ExportOrder) and role == "train":
+            from server.training.export import run_export
+
+            run_export(order, _open_artefacts(settings), source, emit, signals)
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index

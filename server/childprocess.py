@@ -1,4 +1,4 @@
-"""The child's side of a job: reads its order from standard input, writes events to a pipe, stops or pauses when told, never outlives its worker.
+"""The child's side of a job: reads its order, writes events to a pipe, stops or pauses when told and never outlives its worker.
 
 Knows no database and no torch; the work itself is passed in.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from server.domain.events import ChildEvent, Failed
-from server.domain.jobs import FailureReason, JobFailure
+from server.domain.jobs import OUT_OF_MEMORY_SUGGESTION, FailureReason, JobFailure
 from server.domain.orders import Order
 from server.services.codec import CHILD_EVENT, ORDER
 
@@ -88,7 +88,7 @@ def explain_failure(error: BaseException) -> JobFailure | None:
             return JobFailure(
                 FailureReason.OUT_OF_MEMORY,
                 "The job needs more memory than this machine has.",
-                "Lower batch_size or max_sequence_tokens, or take a smaller base model.",
+                OUT_OF_MEMORY_SUGGESTION,
             )
         if _is_disk_full(cause):
             return JobFailure(

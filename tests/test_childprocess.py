@@ -36,7 +36,7 @@ sys.exit(run_child(work, int(sys.argv[1])))
 """
 WAIT = "while not signals.should_stop(): time.sleep(0.01)\n    emit(Warned('STOPPED', ''))"
 WAIT_FOR_PAUSE = (
-    "while not signals.should_pause(): time.sleep(0.01)\n    emit(Paused() if not signals.should_stop() else Warned('STOPPED', ''))"
+    "while not signals.should_pause(): time.sleep(0.01)\n    emit(Warned('STOPPED', '') if signals.should_stop() else Paused())"
 )
 IGNORE = "time.sleep(1000)"
 

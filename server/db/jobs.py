@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, case, func, insert, or_, select
+from sqlalchemy import ColumnElement, Row, Select, case, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from server.db.attempts import read_attempts
 from server.db.datasets import uses_dataset
 from server.db.failures import violated_constraint
 from server.db.locked_job import LockedJob
 from server.db.models import ERROR, MAX_INTEGER, uses_model
 from server.db.tables import IS_ACTIVE, IS_QUEUED, checkpoints, job_events, jobs
-from server.domain.errors import NotFound
+from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.estimates import Estimate
 from server.domain.events import Evaluated, JobEvent, StateChanged, StepDone
 from server.domain.ids import DATASET, JOB, MODEL, is_id
-from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
+from server.domain.jobs import Attempt, Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
 from server.domain.specs import FineTuneSpec, IndexSpec
 from server.services.codec import LOGGED_PAYLOAD, SPEC, Codec
 from server.services.ports import JobFilter, Page, TrainingSpeed
@@ -36,7 +37,10 @@ class PostgresJobs:
         self._organization = organization
 
     async def insert(self, job: Job) -> None:
-        """Add a job and log its first states (VALIDATING, then its own). Raises NotFound where its model or dataset is gone."""
+        """Add a job and log its first states (VALIDATING, then its own). One that tries another again takes over its checkpoints.
+
+        Raises NotFound where its model or dataset is gone.
+        """
         statement = insert(jobs).values(_describe(self._organization, job)).returning(jobs)
         try:
             row = (await self._connection.execute(statement)).one()
@@ -47,6 +51,9 @@ class PostgresJobs:
         if job.state is not JobState.VALIDATING:
             added.move(job.state, job.state_reason, job.error)
         await added.write()
+        if job.retry_of_job_id is not None:
+            tried = self._of_job(checkpoints, job.retry_of_job_id)
+            await self._connection.execute(update(checkpoints).where(*tried).values(job_id=job.job_id))
 
     async def get(self, job_id: str, *, lock: bool = False) -> Job:
         """Read a job, with its queue position where it is QUEUED. Raises NotFound."""
@@ -82,6 +89,34 @@ class PostgresJobs:
         job.move(state, reason)
         await job.write()
         return await self.get(job_id)
+
+    async def resume(self, job_id: str) -> Job:
+        """Move a PAUSED job back to QUEUED, as its next attempt. Raises NotFound, FailedPrecondition for one that is not PAUSED."""
+        if not is_id(job_id, JOB):
+            raise NotFound.of("job", job_id)
+        job = LockedJob(self._connection, await self._lock(job_id))
+        if job.state is not JobState.PAUSED:
+            raise FailedPrecondition(
+                f"The job is {job.state.value}: only a PAUSED one can be resumed.",
+                reason="JOB_NOT_PAUSED",
+                metadata={"job_id": job_id, "state": job.state.value},
+            )
+        job.requeue()
+        await job.write()
+        return await self.get(job_id)
+
+    async def find_retry(self, job_id: str) -> str | None:
+        """Give the id of the job that tries this one again, if there is one."""
+        if not is_id(job_id, JOB):
+            return None
+        query = select(jobs.c.job_id).where(jobs.c.organization == self._organization, jobs.c.retry_of_job_id == job_id)
+        return await self._connection.scalar(query)
+
+    async def list_attempts(self, job_id: str, before_attempt: int | None, limit: int) -> Sequence[Attempt]:
+        """List the attempts at the job and at those that it tries again, latest first, below an attempt's number."""
+        if not is_id(job_id, JOB):
+            return []
+        return await read_attempts(self._connection, self._organization, job_id, before_attempt, limit)
 
     async def list_active(self, *, model_id: str | None = None, dataset_id: str | None = None) -> Sequence[str]:
         """Give the ids of jobs that are not finished and use this model (as result, base or generator) or dataset."""
@@ -219,6 +254,7 @@ def _describe(organization: str, job: Job) -> dict[str, Any]:
         "dataset_id": (spec.dataset_id or None) if spec else None,
         "eval_dataset_id": (spec.eval_dataset_id or None) if spec else None,
         "progress": PROGRESS.to_json(job.progress),
+        "best": BEST.to_json(job.best),
         "held_seconds": 0.0,
         "tokens": 0,
         "peak_memory_bytes": 0,

@@ -6,15 +6,17 @@ Whoever writes to a job goes through here. The row's lock orders the writers, an
 import json
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.tables import job_events, jobs
+from server.db.tables import checkpoints, job_events, jobs
 from server.domain.errors import ErrorData, FailedPrecondition, LeaseLost
 from server.domain.events import CheckpointSaved, Evaluated, LoggedPayload, StateChanged, StepDone
 from server.domain.jobs import HELD_STATES, TERMINAL_STATES, JobState, may_follow
 from server.services.codec import LOGGED_PAYLOAD, Codec
 
+# These go on from nothing any more. A FAILED job keeps its checkpoints: a retry may go on from them.
+_WITHOUT_CHECKPOINTS = (JobState.SUCCEEDED, JobState.CANCELLED)
 # One channel for all state changes: NOTIFY takes a database-wide lock at commit, so training steps send none.
 JOBS_CHANNEL = "model_training_jobs"
 
@@ -60,6 +62,12 @@ class LockedJob:
             self._release()
         self.state = state
 
+    def requeue(self) -> None:
+        """Move back to QUEUED as the next attempt."""
+        attempt = self.row.attempt + 1
+        self.move(JobState.QUEUED, f"attempt {attempt}")
+        self.set(attempt=attempt)
+
     def _release(self) -> None:
         held = func.extract("epoch", func.clock_timestamp() - jobs.c.lease_start_time)
         self.set(held_seconds=jobs.c.held_seconds + held, worker_id=None, lease_start_time=None, lease_end_time=None)
@@ -73,6 +81,9 @@ class LockedJob:
             raise lease_lost(row.job_id)
         if self._payloads:
             await self._connection.execute(insert(job_events).values(time=func.clock_timestamp()), self._event_rows())
+        if self.state in _WITHOUT_CHECKPOINTS:
+            of_job = (checkpoints.c.organization == row.organization, checkpoints.c.job_id == row.job_id)
+            await self._connection.execute(delete(checkpoints).where(*of_job))
         if any(isinstance(payload, StateChanged) for payload in self._payloads):
             notice = json.dumps([row.organization, row.job_id, sequence])
             await self._connection.execute(select(func.pg_notify(JOBS_CHANNEL, notice)))

@@ -56,7 +56,8 @@ async def _find_logged(connection: AsyncConnection, job: LockedJob, payloads: Se
 def _advance(progress: Progress, payload: LoggedPayload) -> Progress:
     match payload:
         case Started():
-            return replace(progress, total_steps=max(payload.total_steps, progress.step))
+            step = max(progress.step, payload.resumed_from_step)
+            return replace(progress, step=step, total_steps=max(payload.total_steps, step))
         case StepDone():
             return Progress(
                 step=payload.step,

@@ -173,26 +173,23 @@ class PostgresJobQueue:
             await settlement.succeed(connection, job, result)
             return True
 
-    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> None:
-        """In one transaction: FAILED with its reason, and the model FAILED where it is still CREATING.
+    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
+        """In one transaction: FAILED with its reason, and the model FAILED where it is still CREATING. Gives the state reached.
 
         A job that is CANCELLING becomes CANCELLED instead. Raises LeaseLost.
         """
         async with self._database.begin() as connection:
-            await settlement.fail(connection, await _lock(connection, lease), reason, error)
+            return await settlement.fail(connection, await _lock(connection, lease), reason, error)
 
-    async def cancel(self, lease: Lease) -> None:
-        """CANCELLING to CANCELLED; the model too is FAILED (JOB_CANCELLED) while it is CREATING. Raises LeaseLost, FailedPrecondition."""
-        async with self._database.begin() as connection:
-            await settlement.cancel(connection, await _lock(connection, lease))
-
-    async def interrupt(self, lease: Lease, reason: str, max_attempts: int | None) -> JobState:
-        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with CRASH_LOOP after so many crashes in a row. Gives the state reached.
+    async def interrupt(
+        self, lease: Lease, reason: str, max_attempts: int | None, failure: FailureReason = FailureReason.CRASH_LOOP
+    ) -> JobState:
+        """INTERRUPTED, then QUEUED with attempt + 1; or FAILED with `failure` after so many crashes in a row. Gives the state reached.
 
         A job that is CANCELLING becomes CANCELLED, a PAUSING one PAUSED. Raises LeaseLost.
         """
         async with self._database.begin() as connection:
-            return await settlement.interrupt(connection, await _lock(connection, lease), reason, max_attempts)
+            return await settlement.interrupt(connection, await _lock(connection, lease), reason, max_attempts, failure)
 
     async def reap(self, max_attempts: int) -> Sequence[str]:
         """Do the same for jobs whose lease ran out. Gives their ids."""
@@ -202,6 +199,13 @@ class PostgresJobQueue:
             for row in rows:
                 await settlement.interrupt(connection, LockedJob(connection, row), "WORKER_LOST", max_attempts)
             return [row.job_id for row in rows]
+
+    async def drop_old_checkpoints(self, max_age_seconds: float) -> None:
+        """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
+        of_job = (jobs.c.organization == checkpoints.c.organization, jobs.c.job_id == checkpoints.c.job_id)
+        ended = jobs.c.end_time < func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, max_age_seconds)
+        async with self._database.begin() as connection:
+            await connection.execute(delete(checkpoints).where(*of_job, jobs.c.state == JobState.FAILED, ended))
 
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""

@@ -70,6 +70,15 @@ def cancelled_from(state: JobState) -> JobState:
     return JobState.CANCELLING if state in HELD_STATES else JobState.CANCELLED
 
 
+def paused_from(state: JobState) -> JobState | None:
+    """Give the state that a pause leads to: at once where nobody holds the job, else through PAUSING. None where it cannot be paused."""
+    if state in (JobState.PAUSING, JobState.PAUSED):
+        return state
+    if state is JobState.QUEUED:
+        return JobState.PAUSED
+    return JobState.PAUSING if state in (JobState.STARTING, JobState.RUNNING) else None
+
+
 class FailureReason(StrEnum):
     """Why a job FAILED, for programs; the message and the suggestion are for people."""
 
@@ -84,6 +93,8 @@ class FailureReason(StrEnum):
     ARTIFACT_INVALID = "ARTIFACT_INVALID"
     INTERNAL = "INTERNAL"
 
+
+OUT_OF_MEMORY_SUGGESTION = "Lower batch_size or max_sequence_tokens, or take a smaller base model."
 
 class JobFailure(Exception):
     """A job cannot succeed by trying again. `message` is for its owner (no paths, no tracebacks), `suggestion` says what to change."""

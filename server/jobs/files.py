@@ -117,14 +117,17 @@ class JobFiles:
                 if written and f"{model}/{name}" != keep:
                     tree.remove(f"{model}/{name}")
 
-    def delete_job(self, claim: Claim, *, keep_logs: bool) -> None:
-        """Remove the job's own directory: all of it, or all but its logs."""
+    def delete_job(self, claim: Claim, *, for_retry: bool) -> None:
+        """Remove the job's own directory and the checkpoint that it began from; for a retry its logs and checkpoints stay."""
+        inherited = [] if for_retry else [each.path for each in (claim.checkpoint, claim.best_checkpoint) if each is not None]
         job = self.job_path(claim)
         for tree in self._trees(job):
             for name in tree.list(job):
-                if not (keep_logs and _is_log(name)):
+                if not (for_retry and (_is_log(name) or _is_checkpoint(name))):
                     tree.remove(f"{job}/{name}")
-        if not keep_logs:
+        for path in inherited:
+            self.delete(path)
+        if not for_retry:
             self._disk.remove(job)
 
     def sweep(self, live: Collection[str], now: float | None = None) -> list[str]:
@@ -173,6 +176,10 @@ def _list_paths(tree: Tree, path: str) -> list[str]:
 
 def _is_log(path: str) -> bool:
     return path.endswith((".log", ".log.old"))
+
+
+def _is_checkpoint(path: str) -> bool:
+    return path.startswith("checkpoint-") and not path.endswith(_PARTIAL)
 
 
 def _holds_only_logs(tree: Tree, path: str) -> bool:

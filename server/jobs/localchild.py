@@ -5,14 +5,15 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from server.domain.events import ChildEvent
-from server.domain.orders import FineTuneOrder, Order
-from server.jobs.execution import RunningWork
+from server.domain.orders import IndexOrder, Order
+from server.jobs.execution import RunningWork, WorkEnd
+from server.jobs.memory_kills import count_memory_kills
 from server.services.codec import CHILD_EVENT, ORDER
 
 _logger = logging.getLogger(__name__)
@@ -28,12 +29,15 @@ _MAX_TAIL_LINE_CHARACTERS = 500
 class LocalExecution:
     """Starts `program` (such as `python -m server`) with `train` or `index` and `--events-fd N` added."""
 
-    def __init__(self, program: Sequence[str]) -> None:
+    def __init__(self, program: Sequence[str], count_kills: Callable[[], int] = count_memory_kills) -> None:
         self._program = tuple(program)
+        self._count_kills = count_kills
 
     async def start(self, order: Order, log_path: Path) -> RunningWork:
         """Start the child and hand it the order."""
-        role = "train" if isinstance(order, FineTuneOrder) else "index"
+        # An export loads and merges a base model: the trainer's work.
+        role = "index" if isinstance(order, IndexOrder) else "train"
+        kills = self._count_kills()
         read_fd, write_fd = os.pipe()
         reader = asyncio.StreamReader()
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -50,7 +54,7 @@ class LocalExecution:
             raise
         finally:
             os.close(write_fd)
-        child = LocalChild(process, reader, pipe, _BoundedLog(log_path))
+        child = LocalChild(process, reader, pipe, _BoundedLog(log_path), lambda: self._count_kills() > kills)
         child.send(ORDER.encode(order) + b"\n")
         return child
 
@@ -59,12 +63,18 @@ class LocalChild:
     """One running child. Its standard input stays open as long as this worker lives: the child ends when it closes."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, events: asyncio.StreamReader, pipe: asyncio.BaseTransport, log: "_BoundedLog"
+        self,
+        process: asyncio.subprocess.Process,
+        events: asyncio.StreamReader,
+        pipe: asyncio.BaseTransport,
+        log: "_BoundedLog",
+        has_memory_run_out: Callable[[], bool],
     ) -> None:
         self._process = process
         self._events = events
         self._pipe = pipe
         self._log = log
+        self._has_memory_run_out = has_memory_run_out
         self._ending = asyncio.create_task(self._follow_to_end())
 
     def send(self, line: bytes) -> None:
@@ -84,11 +94,20 @@ class LocalChild:
             elif len(rest) > _MAX_EVENT_BYTES:
                 raise ValueError("the child sent an event without an end")
 
-    async def wait(self) -> str:
+    async def wait(self) -> WorkEnd:
         """Wait for the end of the child and of all that it started."""
         await asyncio.shield(self._ending)
         code = self._process.returncode or 0
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if code >= 0:
+            return WorkEnd(f"exit code {code}")
+        number = signal.Signals(-code)
+        return WorkEnd(f"killed by {number.name}", is_out_of_memory=number is signal.SIGKILL and self._has_memory_run_out())
+
+    def pause(self) -> None:
+        """Send SIGUSR1 to the child alone: others of its group would die of it."""
+        if not self._ending.done():
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGUSR1)
 
     async def stop(self, grace_seconds: float) -> None:
         """Send SIGTERM to the whole group, SIGKILL after the grace."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -16,6 +17,7 @@ from server.domain.events import (
     Failed,
     Finalizing,
     LoggedPayload,
+    Paused,
     Preparing,
     ResultReady,
     Sampled,
@@ -32,6 +34,8 @@ T = TypeVar("T")
 # The latest one to go on from, and one before it in case that the disk loses the latest.
 _KEEP_CHECKPOINTS = 2
 _RETRY_SECONDS = 1.0
+# One sign of progress in the log for each such time: reading a hundred thousand records gives many more.
+_PREPARING_SECONDS = 2.0
 
 
 async def persist(call: Callable[[], Awaitable[T]]) -> T:
@@ -54,12 +58,14 @@ class Relay:
         self._pending: list[LoggedPayload] = []
         self._last_evaluation: Evaluated | None = None
         self._is_finalizing = False
+        self._next_preparing = 0.0
+        self.has_started = False  # it trains, or embeds: there may be something to save
 
-    async def run(self, events: AsyncIterator[Sequence[ChildEvent]]) -> ResultReady | Failed | None:
+    async def run(self, events: AsyncIterator[Sequence[ChildEvent]]) -> ResultReady | Failed | Paused | None:
         """Relay until the child says how it ended; None when it ended without a word. Raises LeaseLost."""
         async for batch in events:
             for event in batch:
-                if isinstance(event, ResultReady | Failed):
+                if isinstance(event, ResultReady | Failed | Paused):
                     await self._flush()
                     await self._begin_finalizing(event)
                     return event
@@ -71,13 +77,18 @@ class Relay:
     async def _take(self, event: ChildEvent) -> None:
         match event:
             case Started():
+                self.has_started = True
                 await self._change_state(JobState.RUNNING, "The model and the data are ready.")
                 self._pending.append(event)
             case Evaluated():
                 self._last_evaluation = event
                 self._pending.append(event)
-            case StepDone() | Warned() | Preparing() | DataChecked() | Sampled():
+            case StepDone() | Warned() | DataChecked() | Sampled():
                 self._pending.append(event)
+            case Preparing():
+                if time.monotonic() >= self._next_preparing:
+                    self._next_preparing = time.monotonic() + _PREPARING_SECONDS
+                    self._pending.append(event)
             case CheckpointSaved():
                 await self._record_checkpoint(event)
             case DocumentIndexed():
@@ -93,7 +104,7 @@ class Relay:
             await persist(lambda: self._queue.append(self._lease, payloads))
 
     async def _begin_finalizing(self, event: ChildEvent) -> None:
-        if not self._is_finalizing and not isinstance(event, Failed):
+        if not self._is_finalizing and not isinstance(event, Failed | Paused):
             self._is_finalizing = True
             await self._change_state(JobState.FINALIZING, "The result is being written and tried.")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from server.childprocess import explain_failure
 from server.domain.errors import ErrorData, FailedPrecondition, InvalidInput, LeaseLost, Unavailable
-from server.domain.events import Failed, ResultReady
-from server.domain.jobs import TERMINAL_STATES, FailureReason, JobState
+from server.domain.events import Failed, Paused, ResultReady
+from server.domain.jobs import TERMINAL_STATES, FailureReason, JobFailure, JobState
 from server.domain.orders import IndexOrder
-from server.domain.specs import IndexSpec
-from server.jobs.execution import Execution, RunningWork
+from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+from server.jobs.execution import Execution, RunningWork, WorkEnd
 from server.jobs.files import JobFiles
 from server.jobs.relay import Relay, persist
 from server.services.ports import Claim, JobQueue
@@ -24,8 +24,13 @@ _logger = logging.getLogger(__name__)
 _STOP_GRACE_SECONDS = 2.0
 # A child that has delivered its result has only its memory to give back.
 _EXIT_GRACE_SECONDS = 10.0
-_STOPPING_STATES = frozenset({JobState.CANCELLING, JobState.PAUSING})
+# From the wish to pause to SIGTERM. A step of a large model takes a minute, its checkpoint of a hundred gigabytes a few more.
+PAUSE_GRACE_SECONDS = 300.0
+# The same maths on the same machine: if memory ran out twice in a row, it will a third time.
+_MAX_MEMORY_KILLS = 2
 _SHUT_DOWN = "The worker was shut down; the job goes on from its last checkpoint."
+_STOPPED = "It was stopped; the job goes on from its last checkpoint."
+_OUT_OF_MEMORY = "The training process was killed because memory ran out."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +48,31 @@ class _Interrupted:
 
     reason: str
     is_crash: bool = True
+    is_out_of_memory: bool = False
 
 
-_Ending = ResultReady | Failed | _Interrupted | JobState
+_Ending = ResultReady | Failed | _Interrupted
 
 
 class JobRunner:
     """Runs claimed jobs, any number at once."""
 
-    def __init__(self, queue: JobQueue, execution: Execution, files: JobFiles, terms: LeaseTerms) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        execution: Execution,
+        files: JobFiles,
+        terms: LeaseTerms,
+        pause_grace_seconds: float = PAUSE_GRACE_SECONDS,
+    ) -> None:
         self._queue = queue
         self._execution = execution
         self._files = files
         self._terms = terms
+        self._pause_grace_seconds = pause_grace_seconds
 
     async def run(self, claim: Claim, shutdown: asyncio.Event) -> None:
-        """Run the job to its end, its cancellation, the loss of its lease or the shutdown of this worker, and settle it."""
+        """Run the job to its end, its cancellation or pause, the loss of its lease or the shutdown of this worker, and settle it."""
         held = _HeldJob(claim)
         pulse = asyncio.create_task(self._keep_lease(held))
         care = asyncio.create_task(self._care_for(held, shutdown))
@@ -74,15 +88,27 @@ class JobRunner:
     async def _care_for(self, held: "_HeldJob", shutdown: asyncio.Event) -> None:
         work = asyncio.create_task(self._work(held))
         stopping = asyncio.create_task(held.stopping.wait())
+        pausing = asyncio.create_task(self._pause_when_asked(held))
         closing = asyncio.create_task(shutdown.wait())
         try:
             await asyncio.wait({work, stopping, closing}, return_when=asyncio.FIRST_COMPLETED)
             if closing.done() and not (work.done() or stopping.done()):
                 await self._close(held, work)
-            await _cancel(stopping, closing, *([] if work.done() else [work]))
-            await self._settle(held, _Interrupted(_SHUT_DOWN, is_crash=False) if work.cancelled() else work.result())
+            await _cancel(stopping, pausing, closing, *([] if work.done() else [work]))
+            await self._settle(held, _Interrupted(_STOPPED, is_crash=False) if work.cancelled() else work.result())
         finally:
-            await _cancel(work, stopping, closing)
+            await _cancel(work, stopping, pausing, closing)
+
+    async def _pause_when_asked(self, held: "_HeldJob") -> None:
+        """Have the child save its state and end; stop it where it does not, or has nothing to save yet."""
+        await held.pausing.wait()
+        if held.child is not None and held.relay is not None and held.relay.has_started:
+            held.child.pause()
+            await asyncio.sleep(self._pause_grace_seconds)
+            if held.state is not JobState.PAUSING:
+                return  # it was done before it heard of the pause, and writes its result
+            _logger.warning("job %s: its child does not pause and is stopped", held.claim.job.job_id)
+        held.stopping.set()
 
     async def _close(self, held: "_HeldJob", work: "asyncio.Task[_Ending]") -> None:
         """Stop for a shutdown. What the child said before it stopped is still written: a checkpoint among it saves work."""
@@ -113,29 +139,33 @@ class JobRunner:
 
     async def _execute(self, held: "_HeldJob") -> _Ending:
         claim = held.claim
+        _check_inputs(claim)
         order = await self._files.write_order(claim, self._queue.read_pending_documents(claim.lease))
         child = held.child = await self._execution.start(order, self._files.log_path(claim))
         # Of the whole job: what earlier attempts have committed is not in this order.
         document_count = claim.job.progress.step + order.document_count if isinstance(order, IndexOrder) else 0
         try:
-            ending = await Relay(self._queue, claim.lease, self._files, document_count).run(child.read_events())
+            relay = held.relay = Relay(self._queue, claim.lease, self._files, document_count)
+            ending = await relay.run(child.read_events())
             if ending is None:
                 return self._explain_silence(held, child, await child.wait())
             with suppress(TimeoutError):
                 await asyncio.wait_for(child.wait(), _EXIT_GRACE_SECONDS)
-            return ending
+            return _Interrupted(_STOPPED, is_crash=False) if isinstance(ending, Paused) else ending
         finally:
             await child.stop(_STOP_GRACE_SECONDS)
             child.close()
 
-    def _explain_silence(self, held: "_HeldJob", child: RunningWork, end: str) -> _Interrupted:
+    def _explain_silence(self, held: "_HeldJob", child: RunningWork, end: WorkEnd) -> _Interrupted:
         if held.is_closing:
             return _Interrupted(_SHUT_DOWN, is_crash=False)
-        job = held.claim.job
+        job, said = held.claim.job, end.description
         _logger.warning(
-            "job %s, attempt %d: the child ended (%s); its last lines:\n%s", job.job_id, job.attempt, end, child.read_log_tail()
+            "job %s, attempt %d: the child ended (%s); its last lines:\n%s", job.job_id, job.attempt, said, child.read_log_tail()
         )
-        return _Interrupted(f"The training process ended without a result ({end}).")
+        if end.is_out_of_memory:
+            return _Interrupted(_OUT_OF_MEMORY, is_out_of_memory=True)
+        return _Interrupted(f"The training process ended without a result ({said}).")
 
     async def _keep_lease(self, held: "_HeldJob") -> None:
         """Renew the lease and notice when the api wants the job stopped. Ends with LeaseLost only, also when it could not renew."""
@@ -151,47 +181,43 @@ class JobRunner:
             except (Unavailable, TimeoutError):
                 continue
             renewed = began
-            if state in _STOPPING_STATES:
+            held.state = state
+            if state is JobState.CANCELLING:
                 held.stopping.set()
+            elif state is JobState.PAUSING:
+                held.pausing.set()
 
     async def _settle(self, held: "_HeldJob", ending: _Ending) -> None:
         """Write the end of the job, once it is certain that nothing of it runs any more, then remove what it leaves."""
         claim = held.claim
-        if not isinstance(ending, ResultReady):
-            # Why it was stopped stands in the database, and a cancel may have come just now: it wins over everything but a result.
-            state = await persist(lambda: self._queue.heartbeat(claim.lease, self._terms.lease_seconds))
-            ending = state if state in _STOPPING_STATES else ending
         state = await self._write_end(claim, ending)
         _logger.info("job %s, attempt %d: %s", claim.job.job_id, claim.job.attempt, state)
         await asyncio.to_thread(self._clear_up, claim, ending, state)
 
     async def _write_end(self, claim: Claim, ending: _Ending) -> JobState:
+        """Settle the job; give the state reached. The database knows whether it was to be cancelled or paused, even just now."""
         queue, lease = self._queue, claim.lease
         match ending:
             case ResultReady():
                 if await persist(lambda: queue.complete(lease, ending)):
                     return JobState.SUCCEEDED
-                return await self._write_end(claim, JobState.CANCELLING)
+                return await self._write_end(claim, _Interrupted(_STOPPED, is_crash=False))
             case Failed():
                 error = ErrorData("FAILED_PRECONDITION", ending.reason, ending.message, {"suggestion": ending.suggestion})
-                await persist(lambda: queue.fail(lease, ending.reason, error))
-                return JobState.FAILED
+                return await persist(lambda: queue.fail(lease, ending.reason, error))
+            case _Interrupted(is_out_of_memory=True):
+                most = min(_MAX_MEMORY_KILLS, self._terms.max_attempts)
+                return await persist(lambda: queue.interrupt(lease, ending.reason, most, FailureReason.OUT_OF_MEMORY))
             case _Interrupted():
                 # A shutdown is nobody's fault: it may be repeated without end, crashes may not.
                 max_attempts = self._terms.max_attempts if ending.is_crash else None
                 return await persist(lambda: queue.interrupt(lease, ending.reason, max_attempts))
-            case JobState.PAUSING:
-                await persist(lambda: queue.change_state(lease, JobState.PAUSED, "Paused; goes on from its last checkpoint."))
-                return JobState.PAUSED
-            case _:
-                await persist(lambda: queue.cancel(lease))
-                return JobState.CANCELLED
 
     def _clear_up(self, claim: Claim, ending: _Ending, state: JobState) -> None:
         result = ending.artifact_path if isinstance(ending, ResultReady) and state is JobState.SUCCEEDED else None
         self._files.delete_results(claim, keep=result)
         if state in TERMINAL_STATES:
-            self._files.delete_job(claim, keep_logs=state is JobState.FAILED)
+            self._files.delete_job(claim, for_retry=state is JobState.FAILED)
 
 
 class _HeldJob:
@@ -200,8 +226,21 @@ class _HeldJob:
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.child: RunningWork | None = None
-        self.stopping = asyncio.Event()  # the api wants it cancelled or paused
+        self.relay: Relay | None = None
+        self.state = claim.job.state  # as the last heartbeat saw it
+        self.stopping = asyncio.Event()  # it is to end now: cancelled, or it would not pause
+        self.pausing = asyncio.Event()  # the api wants it paused
         self.is_closing = False  # this worker shuts down
+
+
+def _check_inputs(claim: Claim) -> None:
+    """Demand the version that a job works on: it may have been deleted since the job was created. Raises JobFailure."""
+    spec = claim.job.spec
+    needs_version = isinstance(spec, ExportSpec) or (isinstance(spec, FineTuneSpec) and spec.warm_start_from is not None)
+    if needs_version and claim.version is None:
+        raise JobFailure(
+            FailureReason.ARTIFACT_INVALID, "The version that the job works on does not exist any more.", "Name one that is there."
+        )
 
 
 async def _cancel(*tasks: "asyncio.Task[Any]") -> None:

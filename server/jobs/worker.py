@@ -18,6 +18,8 @@ _POLL_SECONDS = 1.0
 # Four times per lease: a dead worker's job waits at most a quarter of it longer.
 _REAPS_PER_LEASE = 4
 _SWEEP_SECONDS = 3600.0
+# How long a job that FAILED keeps the checkpoints that a retry would go on from.
+_RETRY_SECONDS = 7 * 24 * 3600.0
 
 
 class Worker:
@@ -94,6 +96,7 @@ class Worker:
         if time.monotonic() < self._next_sweep:
             return
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
+        await self._queue.drop_old_checkpoints(_RETRY_SECONDS)
         live = await self._queue.list_live_directories()
         for path in await asyncio.to_thread(self._files.sweep, live):
             _logger.info("removed an orphan: %s", path)

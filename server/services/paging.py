@@ -17,6 +17,7 @@ T = TypeVar("T")
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1_000
 _MAX_TOKEN_CHARACTERS = 512
+_MAX_NUMBER_DIGITS = 9  # an INTEGER in every database
 
 
 def open_page(request: PageRequest, filters: object) -> Page:
@@ -26,6 +27,16 @@ def open_page(request: PageRequest, filters: object) -> Page:
     found.raise_if_any()
     before = _read_token(request.page_token, filters) if request.page_token else None
     return Page((request.page_size or DEFAULT_PAGE_SIZE) + 1, before)
+
+
+def open_numbered_page(request: PageRequest, filters: object) -> tuple[Page, int | None]:
+    """Read a page request of a list whose rows are told apart by a number; give the last one seen, too. Raises InvalidInput."""
+    page = open_page(request, filters)
+    if page.before_id is None:
+        return page, None
+    if not page.before_id.isdecimal() or len(page.before_id) > _MAX_NUMBER_DIGITS:
+        raise _wrong_token()
+    return page, int(page.before_id)
 
 
 def close_page(items: Sequence[T], page: Page, filters: object, identify: Callable[[T], str]) -> Listed[T]:
@@ -38,7 +49,7 @@ def close_page(items: Sequence[T], page: Page, filters: object, identify: Callab
 
 
 def _read_token(token: str, filters: object) -> str:
-    wrong = InvalidInput.field("page_token", "is not a token that this list gave; leave it out to begin anew", "PAGE_TOKEN_INVALID")
+    wrong = _wrong_token()
     try:
         if len(token) > _MAX_TOKEN_CHARACTERS:
             raise wrong
@@ -50,6 +61,10 @@ def _read_token(token: str, filters: object) -> str:
     if fingerprint != _fingerprint(filters):
         raise InvalidInput.field("page_token", "was made for other filters; leave it out to begin anew", "PAGE_TOKEN_INVALID")
     return before
+
+
+def _wrong_token() -> InvalidInput:
+    return InvalidInput.field("page_token", "is not a token that this list gave; leave it out to begin anew", "PAGE_TOKEN_INVALID")
 
 
 def _fingerprint(filters: object) -> str:

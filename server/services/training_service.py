@@ -1,17 +1,16 @@
 """TrainingService: jobs, their progress, and datasets."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from server.domain.errors import FailedPrecondition
-from server.domain.events import StepDone
-from server.domain.jobs import Job, JobState, cancelled_from
-from server.domain.models import JOB_CANCELLED, ModelState
+from server.domain.events import JobEvent, StepDone
+from server.domain.jobs import Attempt, Checkpoint, Job
 from server.services.datasets import Datasets
-from server.services.paging import close_page, open_page
-from server.services.ports import Database, JobFeed, Transaction
-from server.services.requests import Listed, ListJobs
-from server.services.validation import Violations
+from server.services.job_control import JobControl
+from server.services.paging import DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, close_page, open_numbered_page, open_page
+from server.services.ports import Database, JobFeed
+from server.services.requests import Listed, ListJobs, PageRequest
+from server.services.validation import MAX_SEQUENCE, Violations
 from server.services.watching import WatchItem, watch_job
 
 DEFAULT_METRIC_POINTS = 1_000
@@ -28,12 +27,13 @@ class Series:
 
 
 class TrainingService:
-    """Use cases of jobs; those of datasets are in `datasets`."""
+    """Use cases of jobs: reading and watching them. Those that change jobs are in `control`, those of datasets in `datasets`."""
 
-    def __init__(self, database: Database, feed: JobFeed, datasets: Datasets) -> None:
+    def __init__(self, database: Database, feed: JobFeed, datasets: Datasets, control: JobControl) -> None:
         self._database = database
         self._feed = feed
         self.datasets = datasets
+        self.control = control
 
     async def list_jobs(self, organization: str, request: ListJobs) -> Listed[Job]:
         """List jobs, newest first."""
@@ -47,23 +47,34 @@ class TrainingService:
         async with self._database.transaction(organization) as transaction:
             return await transaction.jobs.get(job_id)
 
-    async def cancel_job(self, organization: str, job_id: str) -> Job:
-        """Cancel a job; again is harmless. Raises NotFound, FailedPrecondition where it SUCCEEDED or FAILED."""
+    async def list_attempts(self, organization: str, job_id: str, request: PageRequest) -> Listed[Attempt]:
+        """List the attempts at a job and at those that it tries again, latest first. Raises NotFound, InvalidInput."""
+        filters = ("attempts", job_id)
+        page, before = open_numbered_page(request, filters)
         async with self._database.transaction(organization) as transaction:
-            job = await transaction.jobs.get(job_id, lock=True)
-            if job.state in (JobState.SUCCEEDED, JobState.FAILED):
-                raise FailedPrecondition(
-                    f"The job is finished ({job.state.value}): there is nothing to cancel.",
-                    reason="JOB_FINISHED",
-                    metadata={"job_id": job_id, "state": job.state.value},
-                )
-            state = cancelled_from(job.state)
-            if state is job.state:
-                return job
-            cancelled = await transaction.jobs.change_state(job_id, state, "cancelled by the user")
-            if cancelled.is_finished:
-                await _give_up_model(transaction, job.model_id)
-            return cancelled
+            await transaction.jobs.get(job_id)
+            items = await transaction.jobs.list_attempts(job_id, before, page.size)
+        return close_page(items, page, filters, lambda attempt: str(attempt.attempt))
+
+    async def list_events(
+        self, organization: str, job_id: str, after_sequence: int, page_size: int | None
+    ) -> tuple[Sequence[JobEvent], int | None]:
+        """Read a page of the log, and the sequence number after which the next one begins. Raises NotFound, InvalidInput."""
+        found = Violations()
+        found.number("after_sequence", after_sequence, 0, MAX_SEQUENCE)
+        found.number("page_size", page_size, 1, MAX_PAGE_SIZE)
+        found.raise_if_any()
+        size = page_size or DEFAULT_PAGE_SIZE
+        async with self._database.transaction(organization) as transaction:
+            await transaction.jobs.get(job_id)
+            events = await transaction.jobs.list_events(job_id, after_sequence, size + 1)
+        return events[:size], events[size - 1].sequence if len(events) > size else None
+
+    async def list_checkpoints(self, organization: str, job_id: str) -> Sequence[Checkpoint]:
+        """List what a job could go on from, latest step first. Raises NotFound."""
+        async with self._database.transaction(organization) as transaction:
+            await transaction.jobs.get(job_id)
+            return await transaction.jobs.list_checkpoints(job_id)
 
     async def get_metrics(self, organization: str, job_id: str, names: Sequence[str], max_points: int | None) -> Sequence[Series]:
         """Read the curves of a job, thinned to at most `max_points` each. Raises NotFound, InvalidInput."""
@@ -89,10 +100,3 @@ class TrainingService:
 
 def _curve(steps: Sequence[StepDone], name: str) -> list[tuple[int, float]]:
     return [(step.step, float(getattr(step, name))) for step in steps]
-
-
-async def _give_up_model(transaction: Transaction, model_id: str) -> None:
-    """A model whose only job was cancelled before it began will never be READY: say so."""
-    model = await transaction.models.get(model_id, lock=True)
-    if model.state is ModelState.CREATING:
-        await transaction.models.save(replace(model, state=ModelState.FAILED, error=JOB_CANCELLED))

@@ -25,6 +25,7 @@ MAX_TOP_K = 1_000
 MAX_CONTEXT_TOKENS = 131_072
 MAX_SEED = 2**31 - 1
 MAX_LOGPROBS = 20
+MAX_SEQUENCE = 2**31 - 1  # of an event in a job's log
 
 
 class Violations:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from server.domain.events import JobEvent, StepDone
 from server.domain.jobs import Job
 from server.services.ports import Database, JobFeed
-from server.services.validation import Violations
+from server.services.validation import MAX_SEQUENCE, Violations
 
 HEARTBEAT_SECONDS = 10.0  # below the idle time-outs of common proxies (60 s and up)
 EVENTS_PER_READ = 500
@@ -54,7 +54,7 @@ async def watch_job(
     No transaction is open between two items. Raises NotFound, InvalidInput.
     """
     found = Violations()
-    found.number("after_sequence", after_sequence, 0, 2**31 - 1)
+    found.number("after_sequence", after_sequence, 0, MAX_SEQUENCE)
     found.raise_if_any()
     async with database.transaction(organization) as transaction:
         job = await transaction.jobs.get(job_id)

@@ -11,10 +11,11 @@ from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
 from server.domain.datasets import Dataset, DatasetFormat, RecordKind
 from server.domain.documents import NewDocument
+from server.domain.errors import ErrorData
 from server.domain.events import Evaluated, JobEvent, ResultReady, StepDone
 from server.domain.findings import Finding
 from server.domain.ids import CHUNK, DATASET, DOCUMENT, JOB, MODEL, new_id
-from server.domain.jobs import Checkpoint, Job, JobKind, JobState
+from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalSettings
 from server.domain.specs import ExportFormat, ExportSpec, FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
@@ -178,6 +179,25 @@ async def finish_job(queue: PostgresJobQueue, lease: Lease) -> None:
     """Bring a RUNNING job to SUCCEEDED."""
     await queue.change_state(lease, JobState.FINALIZING, "")
     assert await queue.complete(lease, RESULT)
+
+
+async def fail_job(database: PostgresDatabase, queue: PostgresJobQueue, *steps: int) -> Job:
+    """Store a job that FAILED after it had saved these steps."""
+    lease = await start_job(database, queue)
+    for step in steps:
+        await queue.append(lease, [make_step(step), make_evaluation(step, 9.0 - step)])
+        await queue.record_checkpoint(lease, make_checkpoint(step), keep=2)
+    await queue.fail(lease, FailureReason.DISK_FULL, ErrorData("ABORTED", "DISK_FULL", "The disk is full."))
+    return await read_job(database, lease.job_id)
+
+
+async def add_retry(database: PostgresDatabase, queue: PostgresJobQueue) -> tuple[Job, Job]:
+    """Store a job that FAILED and one that tries it again; give both."""
+    failed = await fail_job(database, queue, 5)
+    retry = replace(make_job(await read_model(database, failed.model_id)), attempt=failed.attempt + 1, retry_of_job_id=failed.job_id)
+    async with database.transaction(ORGANIZATION) as transaction:
+        await transaction.jobs.insert(retry)
+    return failed, retry
 
 
 async def read_job(database: PostgresDatabase, job_id: str) -> Job:

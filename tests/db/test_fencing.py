@@ -36,7 +36,6 @@ CALLS: dict[str, Call] = {
     ),
     "complete": lambda queue, lease: queue.complete(lease, RESULT),
     "fail": lambda queue, lease: queue.fail(lease, FailureReason.OUT_OF_MEMORY, ErrorData("ABORTED", "OUT_OF_MEMORY", "too big")),
-    "cancel": lambda queue, lease: queue.cancel(lease),
     "interrupt": lambda queue, lease: queue.interrupt(lease, "the child was killed", 3),
 }
 

@@ -20,8 +20,8 @@ from tests.db.samples import (
     add_documents,
     add_job,
     add_model,
+    add_retry,
     finish_job,
-    make_checkpoint,
     make_chunks,
     make_evaluation,
     make_export,
@@ -44,6 +44,8 @@ class Theirs:
     rag: Model
     job: Job
     waiting: Job
+    failed: Job
+    retry: Job
     dataset_id: str
     document_id: str
 
@@ -69,7 +71,11 @@ CALLS: dict[str, Call] = {
     "jobs.list_events": lambda mine, theirs: mine.jobs.list_events(theirs.job.job_id, 0, 100),
     "jobs.list_steps": lambda mine, theirs: mine.jobs.list_steps(theirs.job.job_id, 100),
     "jobs.list_evaluations": lambda mine, theirs: mine.jobs.list_evaluations(theirs.job.job_id, 100),
-    "jobs.list_checkpoints": lambda mine, theirs: mine.jobs.list_checkpoints(theirs.job.job_id),
+    "jobs.list_checkpoints": lambda mine, theirs: mine.jobs.list_checkpoints(theirs.retry.job_id),
+    "jobs.list_attempts": lambda mine, theirs: mine.jobs.list_attempts(theirs.retry.job_id, None, 10),
+    "jobs.list_speeds": lambda mine, theirs: mine.jobs.list_speeds(10),
+    "jobs.find_retry": lambda mine, theirs: mine.jobs.find_retry(theirs.failed.job_id),
+    "jobs.resume": lambda mine, theirs: mine.jobs.resume(theirs.waiting.job_id),
     "jobs.insert": lambda mine, theirs: mine.jobs.insert(make_job(theirs.tuned)),
     "datasets.get": lambda mine, theirs: mine.datasets.get(theirs.dataset_id),
     "datasets.list": lambda mine, theirs: mine.datasets.list(Page(10)),
@@ -93,8 +99,8 @@ async def _prepare(database: PostgresDatabase, queue: PostgresJobQueue) -> Their
     await queue.commit_document(index, document_id, make_chunks(["theirs"]), make_vectors(1).tobytes(), 8, "", 1)
     lease = await start_job(database, queue)
     await queue.append(lease, [make_step(1), make_evaluation(1, 2.0)])
-    await queue.record_checkpoint(lease, make_checkpoint(1), keep=1)
     await finish_job(queue, lease)
+    failed, retry = await add_retry(database, queue)
     waiting = await add_job(database, dataset=dataset)
     async with database.transaction(ORGANIZATION) as transaction:
         await transaction.requests.insert("Create", "r1", REQUEST)
@@ -102,7 +108,7 @@ async def _prepare(database: PostgresDatabase, queue: PostgresJobQueue) -> Their
     tuned = await read_model(database, job.model_id)
     async with database.transaction(ORGANIZATION) as transaction:
         await transaction.jobs.insert(make_export(tuned))
-    return Theirs(tuned, await read_model(database, rag.model_id), job, waiting, dataset.dataset_id, document_id)
+    return Theirs(tuned, await read_model(database, rag.model_id), job, waiting, failed, retry, dataset.dataset_id, document_id)
 
 
 def test_every_method_of_every_repository_is_tested_here() -> None:

@@ -57,7 +57,8 @@ async def test_a_claimed_job_is_starting_under_a_new_epoch(database: PostgresDat
     claimed = await claim(queue)
     assert (claimed.lease.organization, claimed.lease.job_id, claimed.lease.epoch) == (ORGANIZATION, job.job_id, 1)
     assert (claimed.job.state, claimed.job.lease_epoch, claimed.checkpoint) == (JobState.STARTING, 1, None)
-    assert (claimed.dataset_path, claimed.eval_dataset_path) == (dataset.path, None)
+    assert claimed.dataset is not None
+    assert (claimed.dataset.path, claimed.eval_dataset) == (dataset.path, None)
     assert claimed.job.spec == job.spec
     assert (await read_job(database, job.job_id)).state is JobState.STARTING
     assert evaluation.path != dataset.path
@@ -200,13 +201,17 @@ async def test_live_directories_are_all_that_rows_name_or_held_jobs_write(databa
     done = await start_job(database, queue)
     await queue.record_checkpoint(done, make_checkpoint(5), keep=1)
     await finish_job(queue, done)
+    paused = await start_job(database, queue)
+    await queue.record_checkpoint(paused, make_checkpoint(7), keep=1)
+    await change_state(database, paused.job_id, JobState.PAUSING)
+    await queue.interrupt(paused, "stopped", None)
     held = await start_job(database, queue)
     waiting = await add_job(database)
     model_id = (await read_job(database, held.job_id)).model_id
     live = set(await queue.list_live_directories())
     assert live == {
         dataset.path,
-        make_checkpoint(5).path,
+        make_checkpoint(7).path,
         "default/models/m/j-1",
         f"default/jobs/{held.job_id}",
         f"default/models/{model_id}/{held.job_id}-1",

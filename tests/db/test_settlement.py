@@ -111,7 +111,7 @@ async def test_a_job_that_was_cancelled_meanwhile_does_not_succeed(database: Pos
     assert not await queue.complete(lease, RESULT)
     await queue.change_state(lease, JobState.RUNNING, "")
     assert (await read_job(database, lease.job_id)).state is JobState.CANCELLING
-    await queue.cancel(lease)
+    assert await queue.interrupt(lease, "stopped", None) is JobState.CANCELLED
     job = await read_job(database, lease.job_id)
     model = await read_model(database, job.model_id)
     assert (job.state, model.state, model.version_count) == (JobState.CANCELLED, ModelState.FAILED, 0)

@@ -68,9 +68,9 @@ def test_a_finished_job_leaves_nothing_a_failed_one_its_logs(tmp_path: Path) -> 
     claim, files = _make_claim(), JobFiles(tmp_path)
     for name in ("attempt-1.log", "attempt-1.log.old", "checkpoint-5-1/state", "documents-1.jsonl", "checkpoint-9-1.partial/state"):
         _put(tmp_path, f"{files.job_path(claim)}/{name}")
-    files.delete_job(claim, keep_logs=True)
+    files.delete_job(claim, for_retry=True)
     assert sorted(p.name for p in (tmp_path / files.job_path(claim)).iterdir()) == ["attempt-1.log", "attempt-1.log.old"]
-    files.delete_job(claim, keep_logs=False)
+    files.delete_job(claim, for_retry=False)
     assert not (tmp_path / files.job_path(claim)).exists()
 
 

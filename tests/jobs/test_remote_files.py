@@ -34,7 +34,7 @@ def test_results_and_checkpoints_go_from_the_bucket_and_from_here(tmp_path: Path
         overwrite(objects, path, b"x")
         _put(tmp_path, path)
     files.delete_results(claim, keep=f"{model}/{job}-2")
-    files.delete_job(claim, keep_logs=True)
+    files.delete_job(claim, for_retry=True)
     assert keys(objects) == [f"{model}/{job}-2/w", f"{model}/{job}-3/w"]
     assert sorted(path.name for path in (tmp_path / model).iterdir()) == [f"{job}-2", f"{job}-3"]
     files.delete(f"{model}/{job}-2")
@@ -69,6 +69,6 @@ def test_a_bucket_that_is_away_keeps_nobody_from_clearing_up_here(tmp_path: Path
         patch.delenv("AWS_SECRET_ACCESS_KEY")
         left = _put(tmp_path, f"{files.artifact_path(claim)}/w")
         files.delete_results(claim, keep=None)
-        files.delete_job(claim, keep_logs=False)
+        files.delete_job(claim, for_retry=False)
         files.delete("default/x")
     assert not left.exists()

@@ -24,7 +24,7 @@ async def test_a_job_is_cancelled_in_every_state_that_is_not_terminal_and_twice_
     use_cases: UseCases, database: PostgresDatabase, database_url: str, state: JobState
 ) -> None:
     job_id = await put_job(database, database_url, state)
-    reached = [(await use_cases.training.cancel_job(ORGANIZATION, job_id)).state for _ in range(2)]
+    reached = [(await use_cases.training.control.cancel(ORGANIZATION, job_id)).state for _ in range(2)]
     assert reached == [JobState.CANCELLING if state in HELD_STATES else JobState.CANCELLED] * 2
 
 
@@ -34,4 +34,4 @@ async def test_cancelling_a_finished_job_is_refused(
 ) -> None:
     job_id = await put_job(database, database_url, state)
     with pytest.raises(FailedPrecondition, match=state.value):
-        await use_cases.training.cancel_job(ORGANIZATION, job_id)
+        await use_cases.training.control.cancel(ORGANIZATION, job_id)

@@ -151,7 +151,7 @@ async def test_a_model_in_use_is_not_deleted(use_cases: UseCases) -> None:
     assert made.job is not None
     with pytest.raises(FailedPrecondition, match=made.job.job_id):
         await use_cases.models.delete_model(ORGANIZATION, made.model.model_id)
-    await use_cases.training.cancel_job(ORGANIZATION, made.job.job_id)
+    await use_cases.training.control.cancel(ORGANIZATION, made.job.job_id)
     await use_cases.models.delete_model(ORGANIZATION, made.model.model_id)
     with pytest.raises(NotFound):
         await use_cases.models.get_model(ORGANIZATION, made.model.model_id)
@@ -169,7 +169,7 @@ async def test_what_is_not_named_in_an_update_stays(use_cases: UseCases) -> None
 async def test_cancelling_twice_is_harmless(use_cases: UseCases) -> None:
     made = await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(**INLINE))
     assert made.job is not None
-    states = [(await use_cases.training.cancel_job(ORGANIZATION, made.job.job_id)).state for _ in range(2)]
+    states = [(await use_cases.training.control.cancel(ORGANIZATION, made.job.job_id)).state for _ in range(2)]
     assert states == [JobState.CANCELLED] * 2
     model = await use_cases.models.get_model(ORGANIZATION, made.model.model_id)
     assert (model.state, model.error and model.error.reason) == (ModelState.FAILED, "JOB_CANCELLED")

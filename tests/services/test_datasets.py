@@ -60,7 +60,7 @@ async def test_a_dataset_in_use_is_not_deleted_until_its_job_has_ended(use_cases
     assert made.job is not None
     with pytest.raises(FailedPrecondition, match=made.job.job_id):
         await use_cases.datasets.delete(ORGANIZATION, dataset.dataset_id)
-    await use_cases.training.cancel_job(ORGANIZATION, made.job.job_id)
+    await use_cases.training.control.cancel(ORGANIZATION, made.job.job_id)
     await use_cases.datasets.delete(ORGANIZATION, dataset.dataset_id)
     assert stored_files(use_cases) == []
     with pytest.raises(NotFound):
