@@ -15,7 +15,7 @@ from server.services.idempotency import find_issued, hash_body, remember
 from server.services.paging import close_page, open_numbered_page
 from server.services.ports import Artefacts, Database, Engine, Files, Transaction
 from server.services.requests import ExportVersion, Listed, ListVersions
-from server.services.validation import Violations
+from server.services.validation import MAX_REQUEST_ID_CHARACTERS, Violations
 
 METHOD = "ExportModelVersion"
 
@@ -101,7 +101,7 @@ class Versions:
         A version is exported once in each format: where that was done, or is being done, the answer is the job that does it.
         """
         found, body = Violations(), hash_body(request)
-        found.name("-", "", request.request_id)
+        found.text("request_id", request.request_id, MAX_REQUEST_ID_CHARACTERS)
         found.raise_if_any()
         async with self._database.transaction(organization) as transaction:
             if issued := await find_issued(transaction, METHOD, request.request_id, body):
