@@ -17,12 +17,18 @@ from server.domain.errors import FailedPrecondition
 
 
 def attach_adapter(model: PreTrainedModel, directory: Path) -> PeftModelForCausalLM:
-    """Put an adapter beside a model's layers, ready to evaluate. The model belongs to the result from then on.
+    """Put an adapter beside a model's layers, ready to evaluate and to merge. The model belongs to the result from then on.
 
-    Raises FailedPrecondition (ADAPTER_INVALID) where the files do not fit the model, tensor by tensor.
+    Raises FailedPrecondition: ADAPTER_INVALID where the files do not fit the model, tensor by tensor, ADAPTER_NOT_MERGEABLE for a
+    method whose virtual tokens are no part of any weight.
     """
     try:
         config = PeftConfig.from_pretrained(str(directory))
+        if config.is_prompt_learning:
+            raise FailedPrecondition(
+                "Virtual tokens are no part of any weight: a prompt or prefix cannot be merged into the base model.",
+                reason="ADAPTER_NOT_MERGEABLE",
+            )
         config.inference_mode = True
         adapted = PeftModelForCausalLM(model, config)
         loaded = adapted.load_adapter(str(directory), "default", torch_device=str(model.device))
@@ -40,16 +46,10 @@ def attach_adapter(model: PreTrainedModel, directory: Path) -> PeftModelForCausa
 def merge_adapter(adapted: PeftModelForCausalLM) -> PreTrainedModel:
     """Write the adapter into the weights and give the plain model, in the type that it had.
 
-    Raises FailedPrecondition: ADAPTER_NOT_MERGEABLE for a method whose virtual tokens are no part of any weight, ADAPTER_INVALID where
-    a merged weight is not finite.
+    Raises FailedPrecondition (ADAPTER_INVALID) where a merged weight is not finite.
     """
     model = adapted.get_base_model()
     assert isinstance(model, PreTrainedModel)
-    if adapted.active_peft_config.is_prompt_learning:
-        raise FailedPrecondition(
-            "Virtual tokens are no part of any weight: a prompt or prefix cannot be merged into the base model.",
-            reason="ADAPTER_NOT_MERGEABLE",
-        )
     with torch.no_grad():
         for layer in _adapted_layers(adapted):
             _untie(model, layer)

@@ -70,9 +70,17 @@ def load_plain(base: Path, quantization: str = "", double_quantization: bool = F
 
 
 def make_version(
-    storage: Path, path: str, base: Path, technique: str, *, seed: int = 1, family: str = "llama", **described: Described
+    storage: Path,
+    path: str,
+    base: Path,
+    technique: str,
+    *,
+    seed: int = 1,
+    family: str = "llama",
+    scale: float = 0.5,
+    **described: Described,
 ) -> Artefact:
-    """Seal a version with random weights, large enough to change what a tiny model says. `technique` "full" is a whole model."""
+    """Seal a version whose weights are moved at random by `scale`, a tenth of it for a whole model (`technique` "full")."""
 
     def fill(directory: Path) -> Mapping[str, Described]:
         model = load_plain(base)
@@ -84,13 +92,13 @@ def make_version(
                     _prune(model)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad and "ranknum" not in name:
-                    parameter.add_(torch.randn_like(parameter) * (0.05 if technique == "full" else 0.5))
+                    parameter.add_(torch.randn_like(parameter) * (scale / 10 if technique == "full" else scale))
         model.save_pretrained(directory)
         tokenizer = AutoTokenizer.from_pretrained(base)
         tokenizer.save_pretrained(directory)
         kind = "model" if technique == "full" else "adapter"
         golden = tokenizer("Who keeps the maps?").input_ids
-        return {"kind": kind, "technique": technique, "base_model": family, "golden_token_ids": golden, "stop_token_ids": [2], **described}
+        return {"kind": kind, "technique": technique, "base_model": family, "golden_token_ids": golden, "stop_token_ids": [2], **facts}
 
     return ArtefactStore(storage).write(path, fill)
 

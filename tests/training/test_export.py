@@ -1,0 +1,214 @@
+"""Exports of every technique against plain transformers and peft and against what the engine serves; and what cannot be exported."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from server.basemodels import merging
+from server.basemodels.sources import BaseModelSource
+from server.childprocess import Signals
+from server.domain.events import ChildEvent, ResultReady
+from server.domain.jobs import FailureReason, JobFailure
+from server.domain.orders import ExportOrder
+from server.domain.specs import ExportFormat, ExportSpec
+from server.storage.artefacts import Artefact, ArtefactStore, Described
+from server.training import export, mergecheck
+from server.training.export import run_export
+from tests.inference.asking import ask, collect
+from tests.inference.engines import make_engine
+from tests.inference.versions import load_plain, load_reference, make_version
+from tests.tiny_models import build_tiny_causal_model
+
+# peft says so of every AdaLoRA that it loads: it looks for the pattern's names among the layers before it has adapters in them.
+pytestmark = pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+PROMPT = [5, 60, 70, 200, 33, 8, 14]
+OUT = "default/exports/exp_1"
+MERGEABLE = ("lora", "dora", "adalora", "vera", "oft", "ia3", "layer_norm_tuning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose numbers are bf16's, as published models' are."""
+    directory = build_tiny_causal_model(tmp_path_factory.mktemp("models") / "llama")
+    AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def make_small(storage: Path, base: Path, technique: str, **described: Described) -> Artefact:
+    """Make a version as far from its base as training takes it."""
+    return make_version(storage, "version", base, technique, scale=0.2, **described)
+
+
+def make_source(base: Path, tmp_path: Path) -> BaseModelSource:
+    return BaseModelSource(tmp_path / "cache", allowed_local_roots=(base.parent,))
+
+
+def make_order(version: Artefact, base: Path, form: ExportFormat) -> ExportOrder:
+    return ExportOrder("job_1", 1, ExportSpec(str(base), 1, form), version.path, version.manifest_sha256, OUT)
+
+
+def run(version: Artefact, base: Path, tmp_path: Path, form: ExportFormat, stop: bool = False) -> Sequence[ChildEvent]:
+    events: list[ChildEvent] = []
+    signals = Signals(lambda: stop, lambda: False)
+    run_export(make_order(version, base, form), ArtefactStore(tmp_path), make_source(base, tmp_path), events.append, signals)
+    return events
+
+
+def read_logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([PROMPT])).logits[0].float()
+    return logits
+
+
+@pytest.mark.parametrize("technique", MERGEABLE)
+def test_a_merged_export_is_a_plain_model_that_says_what_the_adapter_says(technique: str, base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, technique)
+    events = run(version, base, tmp_path, ExportFormat.MERGED)
+    assert [event.kind for event in events] == ["started", "finalizing", "result_ready"]
+    directory = tmp_path / OUT
+    exported = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    expected = read_logits(load_reference(version, base))
+    assert (expected - read_logits(load_plain(base))).abs().max() > 0.05, "the version must do something, or this shows nothing"
+    difference = (read_logits(load_plain(directory)) - expected).abs()
+    assert difference.mean() < 0.02 * expected.std()
+    result = events[-1]
+    assert isinstance(result, ResultReady)
+    assert result.manifest_sha256 == ArtefactStore(tmp_path).open(OUT).manifest_sha256
+    assert 0 <= result.metrics["merge_mean_logit_difference"] < 1e-4 < result.metrics["merge_rounded_mean_logit_difference"] < 0.02
+
+
+async def test_the_exported_model_is_what_the_engine_serves(base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, "dora")
+    run(version, base, tmp_path, ExportFormat.MERGED)
+    engine = make_engine({"llama": base, "exported": tmp_path / OUT}, tmp_path)
+    engine.start()
+    served, exported = [
+        await collect(engine.generate(ask("Who keeps the maps?", model=model, adapter=adapter, logprobs=0)))
+        for model, adapter in (("llama", "version"), ("exported", None))
+    ]
+    assert exported.text == served.text
+    ours, theirs = ([p.chosen.logprob for delta in answer.deltas for p in delta.logprobs] for answer in (exported, served))
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.02)
+    await engine.stop()
+
+
+def test_a_version_on_4_bits_is_merged_into_what_4_bits_keep(base: Path, tmp_path: Path) -> None:
+    described: dict[str, Described] = {"quantization": "NF4", "double_quantization": True}
+    version = make_small(tmp_path, base, "lora", **described)
+    run(version, base, tmp_path, ExportFormat.MERGED)
+    exported = read_logits(load_plain(tmp_path / OUT))
+    on_rounded, on_plain = (
+        read_logits(load_reference(version, base)),
+        read_logits(PeftModel.from_pretrained(load_plain(base), version.directory)),
+    )
+    assert (exported - on_rounded).abs().mean() < 0.02 * on_rounded.std()
+    assert (exported - on_plain).abs().mean() > 3 * (exported - on_rounded).abs().mean()
+
+
+def test_a_merged_export_has_all_that_a_hub_model_has(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MAX_SHARD_SIZE", "100KB")
+    version = make_small(tmp_path, base, "lora", base_revision=make_source(base, tmp_path).resolve(str(base)).revision)
+    run(version, base, tmp_path, ExportFormat.MERGED)
+    directory = tmp_path / OUT
+    names = {file.name for file in directory.iterdir()}
+    assert {"config.json", "generation_config.json", "README.md", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert not any("adapter" in name for name in names)
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2]
+    assert generation["pad_token_id"] is not None
+    ours, theirs = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(version.directory)
+    assert ours.chat_template == theirs.chat_template
+    for file in directory.glob("*.json"):
+        assert str(tmp_path) not in file.read_text()
+        assert str(base) not in file.read_text() or file.name == "manifest.json"
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            assert all(tensors.get_tensor(name).dtype == torch.bfloat16 for name in tensors.keys())  # noqa: SIM118 -- not a mapping
+
+
+@pytest.mark.parametrize("technique", ["lora", "adalora", "prefix_tuning", "p_tuning", "oft"])
+def test_an_adapter_export_is_the_version_as_plain_peft_loads_it(technique: str, base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, technique)
+    events = run(version, base, tmp_path, ExportFormat.ADAPTER)
+    assert [event.kind for event in events] == ["started", "finalizing", "result_ready"]
+    exported = ArtefactStore(tmp_path).open(OUT)
+    model = PeftModel.from_pretrained(load_plain(base), exported.directory).eval()
+    torch.testing.assert_close(read_logits(model), read_logits(load_reference(version, base)), atol=0, rtol=0)
+    assert "README.md" in exported.files
+    AutoTokenizer.from_pretrained(exported.directory)
+
+
+def test_a_whole_version_exports_as_itself_and_has_no_adapter(base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, "full")
+    run(version, base, tmp_path, ExportFormat.MERGED)
+    torch.testing.assert_close(read_logits(load_plain(tmp_path / OUT)), read_logits(load_plain(version.directory)), atol=0, rtol=0)
+    with pytest.raises(JobFailure, match="no adapter"):
+        run(version, base, tmp_path, ExportFormat.ADAPTER)
+
+
+@pytest.mark.parametrize("technique", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_virtual_tokens_cannot_be_merged(technique: str, base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, technique)
+    with pytest.raises(JobFailure, match="Virtual tokens are no part of any weight") as failure:
+        run(version, base, tmp_path, ExportFormat.MERGED)
+    assert failure.value.reason is FailureReason.ARTIFACT_INVALID
+    assert not (tmp_path / OUT).exists()
+
+
+def test_a_merge_that_forgets_a_layer_is_refused_with_the_figures(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = make_small(tmp_path, base, "lora")
+    whole = merging._adapted_layers
+    monkeypatch.setattr(merging, "_adapted_layers", lambda adapted: list(whole(adapted))[1:])
+    with pytest.raises(JobFailure, match=r"differ by \d.* after rounding to bfloat16") as failure:
+        run(version, base, tmp_path, ExportFormat.MERGED)
+    assert failure.value.reason is FailureReason.ARTIFACT_INVALID
+    assert not (tmp_path / OUT).exists()
+
+
+def test_rounding_beyond_the_tolerance_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mergecheck, "ROUNDED_LIMITS", (1e-5, 1.0))
+    with pytest.raises(JobFailure, match="after rounding"):
+        run(make_small(tmp_path, base, "lora"), base, tmp_path, ExportFormat.MERGED)
+
+
+def test_numbers_that_are_not_finite_are_never_within_a_tolerance() -> None:
+    lost = mergecheck.Difference(float("nan"), float("nan"))
+    with pytest.raises(JobFailure):
+        mergecheck.MergeCheck(lost, lost, spread=1.0).require_exactness()
+
+
+def test_another_revision_of_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, "lora", base_revision="another")
+    with pytest.raises(JobFailure) as failure:
+        run(version, base, tmp_path, ExportFormat.MERGED)
+    assert failure.value.reason is FailureReason.BASE_MODEL_UNAVAILABLE
+
+
+def test_a_damaged_version_is_refused_before_anything_is_said(base: Path, tmp_path: Path) -> None:
+    version = make_small(tmp_path, base, "lora")
+    (version.directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(JobFailure, match="file adapter_config") as failure:
+        run(version, base, tmp_path, ExportFormat.ADAPTER)
+    assert failure.value.reason is FailureReason.ARTIFACT_INVALID
+
+
+def test_a_merge_without_memory_for_it_is_refused_with_the_figures(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "MEMORY_RESERVE_BYTES", 1 << 50)
+    with pytest.raises(JobFailure, match="GiB") as failure:
+        run(make_small(tmp_path, base, "lora"), base, tmp_path, ExportFormat.MERGED)
+    assert failure.value.reason is FailureReason.OUT_OF_MEMORY
+
+
+def test_a_stopped_export_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    events = run(make_small(tmp_path, base, "lora"), base, tmp_path, ExportFormat.MERGED, stop=True)
+    assert [event.kind for event in events] == ["started"]
+    assert not (tmp_path / OUT).exists()
