@@ -1,9 +1,9 @@
-"""LoRA training speed, memory and held-out loss: ours and TRL's SFTTrainer, each in a process of its own, on the same records.
+"""Training speed, memory and held-out loss: our whole job and TRL's SFTTrainer, each in a process of its own, on the same records.
 
-    python -m benchmarks.training [--steps 12] [--data ../shared/data/gsm8k/train.jsonl] [--only ours]
+    python -m benchmarks.training [--technique lora|qlora|full] [--steps 6] [--data ../shared/data/gsm8k/train.jsonl] [--only ours]
 
-Both train SmolLM2-135M-Instruct with the same LoRA shape, sequence limit, records per step, number of steps and learning rate,
-on the answers' tokens. TRL stands at its defaults in bf16. A real token is one that is no padding.
+All train SmolLM2-135M-Instruct with the same adapter, sequence limit, records per step, number of steps and learning rate, on the
+answers' tokens. TRL runs twice: at its defaults in bf16, and at the best settings that we know for it. A real token is no padding.
 """
 
 import argparse
@@ -17,42 +17,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from server.domain.specs import TrainingParameters
+    import torch
+
+    from server.domain.events import ChildEvent
+    from server.domain.orders import FineTuneOrder
+    from server.domain.techniques import Technique
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 RANK = 16
 ALPHA = 32
 WARMUP_STEPS = 0  # the two libraries count warm-up steps differently; without any, both rates fall along the same line
+LEARNING_RATES = {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5}
+SIDES = {"ours": "ours", "trl-default": "TRL, defaults", "trl-best": "TRL, at its best"}
+CEILING_SIZE = 2048  # a square product of this size shows what the processor can do
+Result = dict[str, float]
 
 
 def main() -> None:
-    """Parse, prepare the records, run both sides, print the table."""
+    """Parse, prepare the records, run all sides, print the table."""
     options = parse_options()
     if options.side:
-        print(json.dumps((train_ours if options.side == "ours" else train_trl)(options)))
+        print(json.dumps(train_ours(options) if options.side == "ours" else train_trl(options)))
         return
     with tempfile.TemporaryDirectory() as directory:
         prepare_records(options, Path(directory))
-        sides = [options.only] if options.only else ["ours", "trl"]
-        print_table({side: run_side(side, Path(directory)) for side in sides})
+        sides = [options.only] if options.only else list(SIDES)
+        print_table(options, {side: run_side(side, Path(directory)) for side in sides})
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--technique", choices=tuple(LEARNING_RATES), default="lora")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="JSONL with question and answer")
-    parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=16, help="records per optimiser step")
     parser.add_argument("--held-out", type=int, default=48, help="records that only the loss is measured on")
     parser.add_argument("--max-tokens", type=int, default=1024, help="sequence limit")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, help="default: 5e-4, for full 5e-5")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0: torch's choice")
     parser.add_argument("--cache", type=Path, default=Path(".data/cache"), help="where converted weights are kept")
-    parser.add_argument("--only", choices=("ours", "trl"), help="run one side")
-    parser.add_argument("--side", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=tuple(SIDES), help="run one side")
+    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.learning_rate = options.learning_rate or LEARNING_RATES[options.technique]
+    return options
 
 
 def prepare_records(options: argparse.Namespace, directory: Path) -> None:
@@ -70,85 +81,98 @@ def prepare_records(options: argparse.Namespace, directory: Path) -> None:
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in part))
 
 
-def run_side(side: str, directory: Path) -> dict[str, float]:
+def run_side(side: str, directory: Path) -> Result:
     """Run one side in a process of its own; its last line of output is its result."""
-    print(f"training with {side} …", file=sys.stderr, flush=True)
+    print(f"training: {SIDES[side]} …", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--side", side, "--records", str(directory)]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    result: dict[str, float] = json.loads(output.splitlines()[-1])
+    result: Result = json.loads(output.splitlines()[-1])
     return result
 
 
-def train_ours(options: argparse.Namespace) -> dict[str, float]:
-    """Train by our loop."""
+def train_ours(options: argparse.Namespace) -> Result:
+    """Run our job as a worker's child does, from the order to the tried result; the clock runs from the first step to the last."""
     import torch
 
-    from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
     from server.basemodels.sources import BaseModelSource
-    from server.domain.techniques import LoraTechnique
-    from server.training.adapters import add_lora, trainable_parameters
-    from server.training.batches import BatchPlan
-    from server.training.checkpoint import Position
-    from server.training.data import TokenizedRecords, read_records
-    from server.training.loop import Run, make_optimiser, train
-    from server.training.network import Network
+    from server.childprocess import Signals
+    from server.domain.events import Started, StepDone
+    from server.storage.artefacts import ArtefactStore
+    from server.training.run import run_fine_tune
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    directory = BaseModelSource(options.cache).resolve(BASE_MODEL).directory
-    tokenizer = load_tokenizer(directory)
-    records = read_records(options.records / "train.jsonl", tokenizer, max_tokens=options.max_tokens).records
-    model = add_lora(load_causal_model(directory, dtype=preferred_dtype()), LoraTechnique(RANK, ALPHA), seed=0)
-    parameters = trainable_parameters(model)
-    settings = make_parameters(options)
-    plan = BatchPlan.of(len(records), batch_size=options.batch_size, epochs=1.0, max_steps=options.steps, seed=0)
-    position = Position()
-    run = Run(
-        network=Network(model),
-        parameters=parameters,
-        optimiser=make_optimiser(parameters.values(), settings),
-        records=records,
-        held_out=TokenizedRecords(),
-        plan=plan,
-        settings=settings,
-        emit=lambda event: print(event, file=sys.stderr),
-        should_stop=lambda: False,
-        save=lambda position: None,
-    )
-    began = time.perf_counter()
-    train(run, position)
-    seconds = time.perf_counter() - began
-    return finish(options, model, directory, position.tokens, seconds)
+    times: list[tuple[float, ChildEvent]] = []
+
+    def emit(event: "ChildEvent") -> None:
+        times.append((time.perf_counter(), event))
+        print(event, file=sys.stderr)
+
+    store = ArtefactStore(options.records)
+    source = BaseModelSource(options.cache)
+    never = Signals(should_stop=lambda: False, should_pause=lambda: False)
+    run_fine_tune(make_order(options), store, source, emit, never)
+    began = next(moment for moment, event in times if isinstance(event, Started))
+    ended, last = next((moment, event) for moment, event in reversed(times) if isinstance(event, StepDone))
+    assert isinstance(last, StepDone)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    model = load_result(options, store.locate("result"), source.resolve(BASE_MODEL).directory)
+    return describe(options, model, last.tokens, ended - began, peak_bytes)
 
 
-def make_parameters(options: argparse.Namespace) -> "TrainingParameters":
-    """Give our loop's parameters: no evaluation, no checkpoint inside the measured time."""
-    from server.domain.specs import LossOn, OverlongPolicy, Scheduler, TrainingParameters
+def make_order(options: argparse.Namespace) -> "FineTuneOrder":
+    """Order the job: no evaluation, and no checkpoint before the last step."""
+    from server.domain.datasets import DatasetFormat, RecordKind
+    from server.domain.orders import DatasetFile, FineTuneOrder
+    from server.domain.specs import FineTuneSpec, OverlongPolicy, ParametersRequest, Scheduler
+    from server.services.training_parameters import FineTuneDefaults, resolve_parameters
 
-    return TrainingParameters(
-        epochs=1.0,
+    records = options.steps * options.batch_size
+    asked = ParametersRequest(
         max_steps=options.steps,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
         scheduler=Scheduler.LINEAR,
         warmup_steps=WARMUP_STEPS,
-        weight_decay=0.0,
-        max_gradient_norm=1.0,
         max_sequence_tokens=options.max_tokens,
         overlong_policy=OverlongPolicy.DROP,
-        loss_on=LossOn.ASSISTANT,
-        seed=0,
         evaluate_every_steps=options.steps,
         checkpoint_every_steps=options.steps,
     )
+    technique = make_technique(options.technique)
+    parameters = resolve_parameters(asked, FineTuneDefaults(options.batch_size, options.learning_rate), technique, records)
+    dataset = DatasetFile("train.jsonl", "", DatasetFormat.JSONL, RecordKind.CHAT, records)
+    return FineTuneOrder("job", 1, FineTuneSpec(BASE_MODEL, "ds", "", technique, parameters), dataset, "job", "result")
 
 
-def train_trl(options: argparse.Namespace) -> dict[str, float]:
-    """Train by TRL's SFTTrainer at its defaults in bf16."""
+def make_technique(name: str) -> "Technique":
+    """Give the technique in the shape that both sides train."""
+    from server.domain.techniques import FullTechnique, LoraTechnique, QloraTechnique
+
+    lora = LoraTechnique(RANK, ALPHA)
+    techniques: dict[str, Technique] = {"lora": lora, "qlora": QloraTechnique(lora), "full": FullTechnique()}
+    return techniques[name]
+
+
+def load_result(options: argparse.Namespace, directory: Path, base_directory: Path) -> Any:
+    """Load the result as its users do: the whole model, or the adapter on the base that it was trained on."""
+    from peft import PeftModel
+
+    from server.basemodels.loading import load_causal_model, preferred_dtype
+    from server.basemodels.quantization import dequantize_in_place
+    from server.domain.techniques import Quantization
+
+    if options.technique == "full":
+        return load_causal_model(directory, dtype=preferred_dtype())
+    base = load_causal_model(base_directory, dtype=preferred_dtype())
+    if options.technique == "qlora":
+        dequantize_in_place(base, Quantization.NF4, True)
+    return PeftModel.from_pretrained(base, str(directory))
+
+
+def train_trl(options: argparse.Namespace) -> Result:
+    """Train by TRL's SFTTrainer: at its defaults, or without recomputed activations in micro-batches of 4."""
     import torch
     from datasets import Dataset  # type: ignore[import-untyped]  # ships no types
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -158,13 +182,14 @@ def train_trl(options: argparse.Namespace) -> dict[str, float]:
         torch.set_num_threads(options.threads)
     directory = BaseModelSource(options.cache).resolve(BASE_MODEL).directory
     chats = [json.loads(line)["messages"] for line in (options.records / "train.jsonl").open()]
-    micro_batch = min(SFTConfig.per_device_train_batch_size, options.batch_size)
+    best = options.side == "trl-best"
+    micro_batch = min(4 if best else SFTConfig.per_device_train_batch_size, options.batch_size)
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16),
+        model=load_for_trl(options, directory, best),
         processing_class=AutoTokenizer.from_pretrained(directory),
         # Prompt and completion: by default TRL trains the completion's tokens only.
         train_dataset=Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=make_peft_config(options.technique),
         args=SFTConfig(
             output_dir=str(options.records / "trl"),
             max_steps=options.steps,
@@ -179,50 +204,115 @@ def train_trl(options: argparse.Namespace) -> dict[str, float]:
             save_strategy="no",
             report_to="none",
             seed=0,
+            gradient_checkpointing=False if best else SFTConfig.gradient_checkpointing,
         ),
     )
     outcome = trainer.train()
-    tokens = trainer.state.num_input_tokens_seen
-    return finish(options, trainer.model, directory, int(tokens), float(outcome.metrics["train_runtime"]))
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return describe(options, trainer.model, int(trainer.state.num_input_tokens_seen), float(outcome.metrics["train_runtime"]), peak_bytes)
 
 
-def finish(options: argparse.Namespace, model: Any, directory: Path, tokens: int, seconds: float) -> dict[str, float]:
-    """Take memory first, then the held-out loss: the same code for both sides, plain forward passes one record at a time."""
+def load_for_trl(options: argparse.Namespace, directory: Path, best: bool) -> Any:
+    """Load the base model as TRL's users do; full training by default in float32 under bf16 autocast."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.float32 if options.technique == "full" and not best else torch.bfloat16
+    if options.technique != "qlora":
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    held = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, quantization_config=held)
+
+
+def make_peft_config(technique: str) -> Any:
+    """Give the same adapter for TRL; none for full training."""
+    from peft import LoraConfig
+
+    return None if technique == "full" else LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def describe(options: argparse.Namespace, model: Any, tokens: int, seconds: float, peak_bytes: int) -> Result:
+    """Measure the held-out loss by the same code for all sides, and the processor's ceiling, after memory was taken."""
+    loss = measure_loss(options, model)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "peak_bytes": peak_bytes,
+        "loss": loss,
+        "tokens": tokens,
+        "seconds": seconds,
+        "ceiling": measure_ceiling(),
+    }
+
+
+def measure_loss(options: argparse.Namespace, model: Any) -> float:
+    """Give the mean loss per answer token of the held-out records: plain forward passes, one record at a time."""
     import torch
     from torch.nn.functional import cross_entropy
 
     from server.basemodels.loading import load_tokenizer
-    from server.training.data import read_records
+    from server.basemodels.rendering import render_record
+    from server.basemodels.sources import BaseModelSource
+    from server.domain.records import parse_record
 
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    records = read_records(options.records / "held_out.jsonl", load_tokenizer(directory), max_tokens=options.max_tokens).records
+    tokenizer = load_tokenizer(BaseModelSource(options.cache).resolve(BASE_MODEL).directory)
     model.eval()
     total, trained = 0.0, 0
-    with torch.no_grad():
-        for index in range(len(records)):
-            ids = torch.tensor(records.token_ids(index), device=model.device)[None].long()
-            mask = torch.tensor(records.trained_mask(index), device=model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask[1:]].float()
-            total += float(cross_entropy(logits, ids[0, 1:][mask[1:]], reduction="sum"))
+    with torch.no_grad(), (options.records / "held_out.jsonl").open("rb") as lines:
+        for line in lines:
+            rendered = render_record(tokenizer, parse_record(line))
+            ids = torch.tensor(rendered.token_ids, device=model.device)[None]
+            mask = torch.tensor(rendered.trained_mask, device=model.device)[1:]
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask].float()
+            total += float(cross_entropy(logits, ids[0, 1:][mask], reduction="sum"))
             trained += int(mask.sum())
-    return {"tokens_per_second": tokens / seconds, "peak_bytes": peak_bytes, "loss": total / trained, "tokens": tokens, "seconds": seconds}
+    return total / trained
 
 
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    """Print both sides and the ratio."""
-    print(f"{'':14}{'real tokens/s':>15}{'peak memory':>14}{'held-out loss':>15}{'tokens':>10}{'seconds':>10}")
-    names = {"ours": "ours", "trl": "TRL SFTTrainer"}
+def measure_ceiling(repeats: int = 20) -> float:
+    """Give the floating point operations per second of a bf16 matrix product."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(CEILING_SIZE, CEILING_SIZE, dtype=torch.bfloat16, device=device) for _ in range(2))
+
+    def multiply(times: int) -> "torch.Tensor":
+        for _ in range(times):
+            product = a @ b
+        return product.sum().cpu()
+
+    multiply(3)
+    began = time.perf_counter()
+    multiply(repeats)
+    return repeats * 2 * CEILING_SIZE**3 / (time.perf_counter() - began)
+
+
+def print_table(options: argparse.Namespace, results: dict[str, Result]) -> None:
+    """Print all sides, the ratios, and which share of the processor's ceiling the products alone would need."""
+    from server.domain.catalogue import find_base_model
+    from server.services.memory_model import estimate_flops_per_token
+
+    known = find_base_model(BASE_MODEL)
+    assert known is not None
+    flops = estimate_flops_per_token(known.shape, make_technique(options.technique))
+    print(
+        f"{options.technique:17}{'real tokens/s':>14}{'of ceiling':>12}{'peak memory':>14}{'held-out loss':>15}{'tokens':>9}{'seconds':>9}"
+    )
     for side, result in results.items():
+        share = result["tokens_per_second"] * flops / result["ceiling"]
         print(
-            f"{names[side]:14}{result['tokens_per_second']:15.1f}{result['peak_bytes'] / 1e9:11.2f} GB{result['loss']:15.4f}"
-            f"{result['tokens']:10.0f}{result['seconds']:10.1f}"
+            f"{SIDES[side]:17}{result['tokens_per_second']:14.1f}{share:12.0%}{result['peak_bytes'] / 1e9:11.2f} GB{result['loss']:15.4f}"
+            f"{result['tokens']:9.0f}{result['seconds']:9.1f}"
         )
-    if len(results) == 2:
-        ours, peer = results["ours"], results["trl"]
+    print("ceiling (bf16 product 2048³): " + ", ".join(f"{result['ceiling'] / 1e9:.0f} GFLOP/s" for result in results.values()))
+    ours = results.get("ours")
+    for side, peer in results.items():
+        if ours is None or side == "ours":
+            continue
         speed, memory = ours["tokens_per_second"] / peer["tokens_per_second"], ours["peak_bytes"] / peer["peak_bytes"]
-        print(
-            f"ours / TRL: {speed:.2f} times the speed, {memory:.2f} times the memory, {ours['loss'] / peer['loss'] - 1:+.2%} held-out loss"
-        )
+        loss = ours["loss"] / peer["loss"] - 1
+        print(f"ours / {SIDES[side]}: {speed:.2f} times the speed, {memory:.2f} times the memory, {loss:+.2%} held-out loss")
 
 
 if __name__ == "__main__":
