@@ -3,22 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.jobs import BEST, PROGRESS
 from server.db.locked_job import LockedJob
 from server.db.tables import job_events
-from server.domain.events import CheckpointSaved, Evaluated, IndexProgress, LoggedPayload, Started, StateChanged, StepDone
+from server.domain.events import CheckpointSaved, Evaluated, IndexProgress, LoggedPayload, Sampled, Started, StateChanged, StepDone
 from server.domain.jobs import Best, Progress
+from server.services.codec import Codec
+
+_SAMPLE = Codec[Sampled](Sampled)
 
 
 async def record_payloads(connection: AsyncConnection, job: LockedJob, payloads: Sequence[LoggedPayload]) -> None:
     """Log what is new of `payloads` and bring the row's numbers up to date; the caller writes.
 
-    A child that goes on from a checkpoint repeats steps, evaluations and checkpoints, equal bit for bit: the log keeps the first ones.
+    A child that goes on from a checkpoint repeats steps, evaluations, samples and checkpoints, equal bit for bit: the log keeps the
+    first ones.
     """
     logged = await _find_logged(connection, job, payloads)
+    samples = await _find_samples(connection, job, payloads)
     row = job.row
     progress, best = PROGRESS.from_json(row.progress), BEST.from_json(row.best)
     last_step, tokens, memory_bytes = row.last_step, row.tokens, row.peak_memory_bytes
@@ -29,6 +34,11 @@ async def record_payloads(connection: AsyncConnection, job: LockedJob, payloads:
             if (payload.kind, payload.step) in logged:
                 continue
             logged.add((payload.kind, payload.step))
+        if isinstance(payload, Sampled):
+            # What belongs to an earlier step was logged before the next step was.
+            if payload.step < job.row.last_step or payload in samples:
+                continue
+            samples.append(payload)
         if isinstance(payload, StepDone):
             if payload.step <= last_step:
                 continue
@@ -51,6 +61,17 @@ async def _find_logged(connection: AsyncConnection, job: LockedJob, payloads: Se
     of_job = (job_events.c.organization == job.row.organization, job_events.c.job_id == job.row.job_id)
     found = await connection.execute(select(*key).where(*of_job, job_events.c.step.is_not(None), tuple_(*key).in_(asked)))
     return {(kind, step) for kind, step in found}
+
+
+async def _find_samples(connection: AsyncConnection, job: LockedJob, payloads: Sequence[LoggedPayload]) -> list[Sampled]:
+    """Give the samples that the log has after its last step: at the log's end, however long it is."""
+    if not any(isinstance(payload, Sampled) for payload in payloads):
+        return []
+    of_job = (job_events.c.organization == job.row.organization, job_events.c.job_id == job.row.job_id)
+    last_step = (job_events.c.kind == "step", job_events.c.step == job.row.last_step)
+    after = func.coalesce(select(job_events.c.sequence).where(*of_job, *last_step).scalar_subquery(), 0)
+    query = select(job_events.c.payload).where(*of_job, job_events.c.sequence > after, job_events.c.kind == "sample")
+    return [_SAMPLE.from_json(payload) for payload in await connection.scalars(query)]
 
 
 def _advance(progress: Progress, payload: LoggedPayload) -> Progress:

@@ -144,9 +144,10 @@ async def add_job(
     *,
     dataset: Dataset | None = None,
     kind: JobKind | None = None,
+    job: Job | None = None,
 ) -> Job:
-    """Store a job, and a model for it where none is given."""
-    added = make_job(model or await add_model(database, organization=organization), dataset, kind)
+    """Store a job: the given one, or one for a model, which is stored too where none is given."""
+    added = job or make_job(model or await add_model(database, organization=organization), dataset, kind)
     async with database.transaction(organization) as transaction:
         await transaction.jobs.insert(added)
     return added

@@ -13,6 +13,7 @@ from server.db.database import PostgresDatabase, PostgresTransaction
 from server.db.feed import PostgresJobFeed
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import DocumentState
+from server.domain.events import StateChanged
 from server.domain.ids import DATASET, DOCUMENT, JOB, MODEL
 from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
@@ -23,6 +24,7 @@ from tests.db.samples import LIMITS, make_job, make_model, make_step
 ORGANIZATION = "org7"  # one of twenty
 # Ids that the rows below have: a prefix, and a number in the alphabet of ids.
 MODEL_ID, JOB_ID, DATASET_ID, DOCUMENT_ID = (f"{prefix}_{77:024d}" for prefix in (MODEL, JOB, DATASET, DOCUMENT))
+RETRY_ID = f"{JOB}_{78:024d}"
 LEASE = Lease(ORGANIZATION, JOB_ID, 1)
 
 ROWS = """
@@ -42,6 +44,9 @@ UPDATE jobs SET spec = spec || jsonb_build_object('warm_start_from', jsonb_build
     WHERE job_id = 'job_' || lpad('77', 24, '0');
 INSERT INTO job_events SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, now(), 1, 'step', s, {step}
     FROM generate_series(1, 100) n, generate_series(1, 50) s;
+INSERT INTO job_events SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), 0, now(), 1, 'state_changed', NULL, {running}
+    FROM generate_series(1, 100) n;
+UPDATE jobs SET retry_of_job_id = 'job_' || lpad('77', 24, '0') WHERE job_id = 'job_' || lpad('78', 24, '0');
 INSERT INTO checkpoints SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, 'p', 1, NULL, now()
     FROM generate_series(1, 500) n, generate_series(1, 5) s;
 INSERT INTO model_versions SELECT organization, model_id, 1, 'job_' || model_id, '', '', '', '', 1, '{{}}', now() FROM models;
@@ -78,7 +83,7 @@ def explained() -> Iterator[Explained]:
     found = Explained()
 
     def explain(connection: Connection, _cursor: object, statement: str, parameters: Any, _context: object, executemany: bool) -> None:
-        if statement.startswith(("SELECT", "UPDATE", "DELETE")) and "pg_advisory" not in statement and not executemany:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")) and "pg_advisory" not in statement and not executemany:
             (row,) = connection.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters)
             found.read(row[0][0]["Plan"])
 
@@ -91,8 +96,9 @@ def explained() -> Iterator[Explained]:
 def filled_database_url(module_database_url: str) -> str:
     """A database with thousands of rows of twenty organizations. The tests change one or two of them."""
     spec, step = SPEC.encode(make_job(make_model()).spec).decode(), LOGGED_PAYLOAD.encode(make_step(1)).decode()
+    running = LOGGED_PAYLOAD.encode(StateChanged(JobState.RUNNING)).decode()
     with psycopg.connect(module_database_url, autocommit=True) as connection:
-        connection.execute(SQL(ROWS).format(spec=Literal(spec), step=Literal(step)))
+        connection.execute(SQL(ROWS).format(spec=Literal(spec), step=Literal(step), running=Literal(running)))
         connection.execute("ANALYZE")
     return module_database_url
 
@@ -103,6 +109,10 @@ async def filled(filled_database_url: str) -> AsyncIterator[PostgresDatabase]:
     database = PostgresDatabase(filled_database_url)
     yield database
     await database.close()
+
+
+async def _list_speeds(transaction: PostgresTransaction) -> bool:
+    return not await transaction.jobs.list_speeds(5)  # none of these jobs has trained a token
 
 
 Call = Callable[[PostgresTransaction], Awaitable[object]]
@@ -125,6 +135,9 @@ QUERIES: dict[str, tuple[set[str], Call]] = {
     "jobs that use a model": ({"jobs_active"}, lambda t: t.jobs.list_active(model_id=MODEL_ID)),
     "events": ({"job_events_pkey"}, lambda t: t.jobs.list_events(JOB_ID, 20, 10)),
     "steps": ({"job_events_by_step"}, lambda t: t.jobs.list_steps(JOB_ID, 10)),
+    "attempts": ({"job_events_of_states", "job_events_pkey", "jobs_pkey"}, lambda t: t.jobs.list_attempts(RETRY_ID, None, 10)),
+    "a retry": ({"jobs_by_retried"}, lambda t: t.jobs.find_retry(JOB_ID)),
+    "speeds": ({"jobs_by_kind"}, lambda t: _list_speeds(t)),
     "checkpoints": ({"checkpoints_pkey"}, lambda t: t.jobs.list_checkpoints(JOB_ID)),
     "a dataset": ({"datasets_pkey"}, lambda t: t.datasets.get(DATASET_ID)),
     "datasets": ({"datasets_pkey"}, lambda t: t.datasets.list(Page(10, DATASET_ID))),

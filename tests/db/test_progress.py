@@ -4,7 +4,7 @@ import pytest
 
 from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
-from server.domain.events import CheckpointSaved, Evaluated, LoggedPayload, Started, StateChanged, StepDone
+from server.domain.events import CheckpointSaved, Evaluated, LoggedPayload, Sampled, Started, StateChanged, StepDone
 from server.domain.jobs import Best, JobState, Progress
 from tests.db.samples import claim, make_checkpoint, make_evaluation, make_step, read_job, read_log, start_job
 
@@ -46,6 +46,15 @@ async def test_what_a_resumed_child_repeats_is_logged_once(database: PostgresDat
         ("checkpoint", 5),
         ("step", 8),
     ]
+
+
+async def test_samples_that_a_resumed_child_repeats_are_logged_once(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    samples = [Sampled(step, prompt, f"answer {step}") for step in (0, 5) for prompt in ("Who?", "Where?")]
+    lease = await start_job(database, queue)
+    await queue.append(lease, [*samples[:2], *(make_step(step) for step in range(1, 6)), samples[2]])
+    await queue.append(lease, [*samples[:2], *(make_step(step) for step in range(1, 6)), *samples[2:], make_step(6)])
+    told = [event.payload for event in await read_log(database, lease.job_id) if isinstance(event.payload, Sampled)]
+    assert told == samples
 
 
 async def test_a_repetition_alone_writes_nothing(database: PostgresDatabase, queue: PostgresJobQueue) -> None:

@@ -1,7 +1,8 @@
 """How jobs end: what becomes of the row, the model and its versions, in one transaction."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import psycopg
 import pytest
@@ -24,9 +25,11 @@ from tests.db.samples import (
     add_model,
     change_state,
     claim,
+    fail_job,
     finish_job,
     make_checkpoint,
     make_chunks,
+    make_export,
     make_rag_model,
     make_step,
     make_vectors,
@@ -158,6 +161,80 @@ async def test_an_interrupted_job_waits_for_its_next_attempt(database: PostgresD
     assert (job.state, job.attempt, job.queue_position) == (JobState.QUEUED, 2, 1)
     assert job.usage.compute_seconds > 0
     assert (await _states(database, lease.job_id))[-2:] == [(JobState.INTERRUPTED, 1), (JobState.QUEUED, 2)]
+
+
+async def test_an_export_changes_no_model_however_it_ends(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    model = await add_model(database)
+    ends: list[Callable[[Lease], Awaitable[object]]] = [
+        lambda lease: queue.fail(lease, FailureReason.OUT_OF_MEMORY, ERROR),
+        lambda lease: _cancel(database, queue, lease),
+        lambda lease: queue.interrupt(lease, "killed", 1),
+    ]
+    for end in ends:
+        await add_job(database, job=make_export(model))
+        await end((await claim(queue)).lease)
+        assert (await read_model(database, model.model_id)).state is ModelState.CREATING
+
+
+async def _cancel(database: PostgresDatabase, queue: PostgresJobQueue, lease: Lease) -> None:
+    await change_state(database, lease.job_id, JobState.CANCELLING)
+    await queue.interrupt(lease, "stopped", None)
+
+
+async def test_an_export_that_another_has_overtaken_takes_its_place(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    lease = await start_job(database, queue)
+    model = await read_model(database, (await read_job(database, lease.job_id)).model_id)
+    await finish_job(queue, lease)
+    for name in ("first", "second"):
+        await add_job(database, job=make_export(model))
+        export = (await claim(queue)).lease
+        await queue.change_state(export, JobState.RUNNING, "")
+        await queue.change_state(export, JobState.FINALIZING, "")
+        assert await queue.complete(export, replace(RESULT, artifact_path=name))
+    live = await queue.list_live_directories()
+    assert "second" in live
+    assert "first" not in live
+
+
+async def test_crashes_of_one_kind_may_have_a_name_of_their_own(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    lease = await start_job(database, queue)
+    assert await queue.interrupt(lease, "killed for memory", 2, FailureReason.OUT_OF_MEMORY) is JobState.QUEUED
+    lease = (await claim(queue)).lease
+    assert await queue.interrupt(lease, "killed for memory", 2, FailureReason.OUT_OF_MEMORY) is JobState.FAILED
+    job = await read_job(database, lease.job_id)
+    assert job.error is not None
+    assert (job.state_reason, job.error.reason) == ("OUT_OF_MEMORY", "OUT_OF_MEMORY")
+    assert "batch_size" in job.error.metadata["suggestion"]
+
+
+@pytest.mark.parametrize("end", [JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED])
+async def test_only_a_failed_job_keeps_its_checkpoints(database: PostgresDatabase, queue: PostgresJobQueue, end: JobState) -> None:
+    lease = await start_job(database, queue)
+    await queue.record_checkpoint(lease, make_checkpoint(5), keep=2)
+    if end is JobState.SUCCEEDED:
+        await finish_job(queue, lease)
+    elif end is JobState.CANCELLED:
+        await _cancel(database, queue, lease)
+    else:
+        await queue.fail(lease, FailureReason.DISK_FULL, ERROR)
+    async with database.transaction(ORGANIZATION) as transaction:
+        assert (await transaction.jobs.get(lease.job_id)).state is end
+        assert bool(await transaction.jobs.list_checkpoints(lease.job_id)) is (end is JobState.FAILED)
+
+
+async def test_a_failed_job_loses_its_checkpoints_in_the_end(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    failed = await fail_job(database, queue, 5)
+    waiting = await start_job(database, queue)
+    await queue.record_checkpoint(waiting, make_checkpoint(7), keep=2)
+
+    async def count(job_id: str) -> int:
+        async with database.transaction(ORGANIZATION) as transaction:
+            return len(await transaction.jobs.list_checkpoints(job_id))
+
+    await queue.drop_old_checkpoints(3600)
+    assert (await count(failed.job_id), await count(waiting.job_id)) == (1, 1)
+    await queue.drop_old_checkpoints(0)
+    assert (await count(failed.job_id), await count(waiting.job_id)) == (0, 1)
 
 
 async def test_a_job_that_is_interrupted_too_often_fails(database: PostgresDatabase, queue: PostgresJobQueue) -> None:

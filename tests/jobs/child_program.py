@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.childprocess import Emit, Signals, run_child
-from server.domain.events import CheckpointSaved, DocumentIndexed, Evaluated, Finalizing, ResultReady, Started, StepDone
+from server.domain.events import (
+    CheckpointSaved,
+    DocumentIndexed,
+    Evaluated,
+    Finalizing,
+    Paused,
+    Preparing,
+    ResultReady,
+    Started,
+    StepDone,
+)
 from server.domain.ids import CHUNK, new_id
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.orders import DocumentText, FineTuneOrder, IndexOrder, Order
+from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, IndexOrder, Order
 from server.domain.retrieval import Chunk
 from server.services.codec import Codec
 
@@ -37,6 +47,9 @@ class Script:
     crashes: int = 1
     failure: str = ""
     is_deaf: bool = False  # to SIGTERM
+    ignores_pause: bool = False
+    dies_of_pause: bool = False
+    preparing_events: int = 0
     has_child: bool = False
     dimension: int = 8
 
@@ -53,10 +66,15 @@ class _Performance:
         directory = self.storage / order.job_path
         directory.mkdir(parents=True, exist_ok=True)
         self._begin(directory, script)
+        for number in range(script.preparing_events):
+            self.emit(Preparing(number, script.preparing_events, number * 10))
         first = int((self.storage / order.checkpoint_path / "step").read_text()) if order.checkpoint_path else 0
         self.emit(Started(script.steps, resumed_from_step=first))
         for step in range(first + 1, script.steps + 1):
             if self.should_stop():
+                return
+            if self.should_pause() and not script.ignores_pause:
+                self._pause(order, script, step - 1)
                 return
             self._crash(directory, script, step)
             time.sleep(script.step_seconds)
@@ -107,6 +125,19 @@ class _Performance:
             marks.write_text("x" * (crashes + 1))
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def _pause(self, order: FineTuneOrder, script: Script, step: int) -> None:
+        if script.dies_of_pause:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._save(order, step)
+        self.emit(Paused())
+
+    def export(self, order: ExportOrder, script: Script) -> None:
+        self.emit(Started(0))
+        self.emit(Finalizing())
+        if script.failure:
+            self._fail(script.failure)
+        self._finish(order)
+
     def _save(self, order: FineTuneOrder, step: int) -> None:
         path = f"{order.job_path}/checkpoint-{step}-{order.lease_epoch}"
         (self.storage / path).mkdir()
@@ -120,7 +151,7 @@ class _Performance:
             raise KeyError("/a/secret/path")
         raise JobFailure(FailureReason(failure), "The loss is not a number.", "Lower the learning rate.")
 
-    def _finish(self, order: FineTuneOrder) -> None:
+    def _finish(self, order: FineTuneOrder | ExportOrder) -> None:
         artifact = self.storage / order.artifact_path
         artifact.mkdir(parents=True)
         (artifact / "adapter_model.safetensors").write_bytes(b"weights")
@@ -135,6 +166,8 @@ def main() -> int:
         script = Script(**json.loads((storage / "script.json").read_text()))
         if isinstance(order, FineTuneOrder):
             performance.train(order, script)
+        elif isinstance(order, ExportOrder):
+            performance.export(order, script)
         else:
             performance.index(order, script)
 

@@ -18,9 +18,12 @@ from server.domain.events import JobEvent, StateChanged, StepDone
 from server.domain.jobs import TERMINAL_STATES, Job, JobState
 from server.jobs.files import JobFiles
 from server.jobs.localchild import LocalExecution
+from server.jobs.memory_kills import count_memory_kills
 from server.jobs.runner import JobRunner, LeaseTerms
 from server.jobs.worker import Worker
+from server.services.job_control import JobControl
 from server.services.ports import ClaimLimits
+from server.storage.files import LocalFiles
 from tests.db import samples
 from tests.jobs.child_program import Script
 
@@ -30,11 +33,19 @@ LIMITS = ClaimLimits(training_jobs=1, index_jobs=1)
 _PATIENCE_SECONDS = 60.0
 
 
-def make_worker(queue: PostgresJobQueue, storage: Path, limits: ClaimLimits = LIMITS, terms: LeaseTerms = TERMS) -> Worker:
+def make_worker(
+    queue: PostgresJobQueue,
+    storage: Path,
+    limits: ClaimLimits = LIMITS,
+    terms: LeaseTerms = TERMS,
+    *,
+    pause_grace_seconds: float = 60.0,
+    count_kills: Callable[[], int] = count_memory_kills,
+) -> Worker:
     """Put a worker together as the application does, with scripted children."""
     files = JobFiles(storage)
-    execution = LocalExecution((sys.executable, "-m", "tests.jobs.child_program", str(storage)))
-    return Worker(queue, JobRunner(queue, execution, files, terms), files, limits, terms)
+    execution = LocalExecution((sys.executable, "-m", "tests.jobs.child_program", str(storage)), count_kills)
+    return Worker(queue, JobRunner(queue, execution, files, terms, pause_grace_seconds), files, limits, terms)
 
 
 class Stage:
@@ -56,10 +67,18 @@ class Stage:
         return await samples.add_job(self.database, dataset=await samples.add_dataset(self.database))
 
     @asynccontextmanager
-    async def working(self, limits: ClaimLimits = LIMITS, terms: LeaseTerms = TERMS) -> AsyncIterator[None]:
+    async def working(
+        self,
+        limits: ClaimLimits = LIMITS,
+        terms: LeaseTerms = TERMS,
+        *,
+        pause_grace_seconds: float = 60.0,
+        count_kills: Callable[[], int] = count_memory_kills,
+    ) -> AsyncIterator[None]:
         """Run a worker of this process."""
         shutdown = asyncio.Event()
-        task = asyncio.create_task(make_worker(self.queue, self.storage, limits, terms).run(shutdown))
+        worker = make_worker(self.queue, self.storage, limits, terms, pause_grace_seconds=pause_grace_seconds, count_kills=count_kills)
+        task = asyncio.create_task(worker.run(shutdown))
         try:
             yield
         finally:
@@ -75,9 +94,30 @@ class Stage:
         """Read the job as the api does."""
         return await samples.read_job(self.database, job.job_id)
 
-    async def cancel(self, job: Job, state: JobState = JobState.CANCELLING) -> None:
+    @property
+    def control(self) -> JobControl:
+        """What callers do to jobs."""
+        return JobControl(self.database, LocalFiles(self.storage))
+
+    async def cancel(self, job: Job) -> None:
         """Ask for the job's end as the api does."""
-        await samples.change_state(self.database, job.job_id, state)
+        await samples.change_state(self.database, job.job_id, JobState.CANCELLING)
+
+    async def pause(self, job: Job) -> Job:
+        """Ask for a pause as a caller does."""
+        return await self.control.pause(samples.ORGANIZATION, job.job_id)
+
+    async def resume(self, job: Job) -> Job:
+        """Let a paused job go on as a caller does."""
+        return await self.control.resume(samples.ORGANIZATION, job.job_id)
+
+    async def retry(self, job: Job) -> Job:
+        """Try a job again as a caller does."""
+        return await self.control.retry(samples.ORGANIZATION, job.job_id)
+
+    def list_checkpoints(self, job: Job) -> list[str]:
+        """Give the names of the checkpoints that lie in the job's directory."""
+        return sorted(path.name for path in (self.storage / "default/jobs" / job.job_id).glob("checkpoint-*"))
 
     async def wait_for_state(self, job: Job, *states: JobState) -> Job:
         """Wait until the job is in one of the states."""

@@ -2,13 +2,14 @@
 
 import os
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from server.domain.ids import JOB, MODEL, new_id
-from server.domain.jobs import Job, JobKind, JobState
+from server.domain.jobs import Checkpoint, Job, JobKind, JobState
 from server.domain.specs import IndexSpec
 from server.jobs.files import JobFiles
 from server.services.ports import Claim, Lease
@@ -64,14 +65,30 @@ def test_the_result_that_was_stored_is_kept(tmp_path: Path) -> None:
     assert [p.name for p in kept.parent.parent.iterdir()] == [f"{claim.job.job_id}-2"]
 
 
-def test_a_finished_job_leaves_nothing_a_failed_one_its_logs(tmp_path: Path) -> None:
+def test_a_finished_job_leaves_nothing_a_failed_one_its_logs_and_checkpoints(tmp_path: Path) -> None:
     claim, files = _make_claim(), JobFiles(tmp_path)
     for name in ("attempt-1.log", "attempt-1.log.old", "checkpoint-5-1/state", "documents-1.jsonl", "checkpoint-9-1.partial/state"):
         _put(tmp_path, f"{files.job_path(claim)}/{name}")
     files.delete_job(claim, for_retry=True)
-    assert sorted(p.name for p in (tmp_path / files.job_path(claim)).iterdir()) == ["attempt-1.log", "attempt-1.log.old"]
+    assert sorted(p.name for p in (tmp_path / files.job_path(claim)).iterdir()) == [
+        "attempt-1.log",
+        "attempt-1.log.old",
+        "checkpoint-5-1",
+    ]
     files.delete_job(claim, for_retry=False)
     assert not (tmp_path / files.job_path(claim)).exists()
+
+
+def test_what_a_retry_has_gone_on_from_goes_with_it(tmp_path: Path) -> None:
+    inherited = Checkpoint(5, "default/jobs/job_failed/checkpoint-5-1", 1, datetime.now(UTC))
+    claim, files = replace(_make_claim(), checkpoint=inherited), JobFiles(tmp_path)
+    kept = _put(tmp_path, "default/jobs/job_failed/attempt-1.log")
+    saved = _put(tmp_path, f"{inherited.path}/state")
+    files.delete_job(claim, for_retry=True)
+    assert saved.exists()
+    files.delete_job(claim, for_retry=False)
+    assert not saved.parent.exists()
+    assert kept.exists()
 
 
 LIVE = {

@@ -24,7 +24,7 @@ async def _collect(program: str, log_path: Path) -> tuple[list[ChildEvent], str,
     child = await _run(program).start(ORDER, log_path)
     try:
         events = [event async for batch in child.read_events() for event in batch]
-        return events, await child.wait(), child.read_log_tail()
+        return events, (await child.wait()).description, child.read_log_tail()
     finally:
         await child.stop(0)
         child.close()

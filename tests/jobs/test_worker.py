@@ -124,16 +124,6 @@ async def _has_child(stage: Stage) -> bool:
     return (stage.storage / "pids").exists() and bool(stage.read_child_pids())
 
 
-async def test_a_paused_job_stops_and_keeps_its_checkpoints(stage: Stage) -> None:
-    job = await stage.add_job(SLOW)
-    async with stage.working():
-        await stage.wait_for_step(job, 6)
-        await stage.cancel(job, S.PAUSING)
-        await stage.wait_for_state(job, S.PAUSED)
-        await stage.assert_no_child()
-    assert (stage.storage / f"default/jobs/{job.job_id}/checkpoint-5-1/step").exists()
-
-
 async def test_a_worker_that_lost_its_lease_stops_the_child_and_writes_nothing(stage: Stage) -> None:
     job = await stage.add_job(SLOW)
     async with stage.working():
