@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -37,10 +38,8 @@ def run_s3() -> Iterator[pytest.MonkeyPatch]:
 
 def make_bucket() -> str:
     """Make an empty bucket and give the URL of a place in it."""
-    import s3fs
-
     name = f"models-{next(_numbers)}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir(name)
     return f"s3://{name}/some/place"
 
 

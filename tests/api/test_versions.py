@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from google.api.httpbody_pb2 import HttpBody
 from modeltraining.v1 import model_service_pb2 as pb
 from modeltraining.v1 import model_service_pb2_grpc
 
@@ -145,6 +146,7 @@ async def test_a_reader_that_stops_holds_the_server_up_and_leaves_nothing_open(a
     stub = model_service_pb2_grpc.ModelServiceStub(api.channel)
     call = stub.DownloadModelFile(pb.DownloadModelFileRequest(model_id=made.model_id, version=1, path="weights.safetensors"))
     first = await call.read()
+    assert isinstance(first, HttpBody)
     assert len(first.data) == 1 << 20
     call.cancel()
     whole = stub.DownloadModelFile(pb.DownloadModelFileRequest(model_id=made.model_id, version=1, path="weights.safetensors"))
