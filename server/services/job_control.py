@@ -126,7 +126,7 @@ async def _demand_inputs(transaction: Transaction, job: Job) -> None:
                 if not await transaction.documents.list(job.model_id, Page(1), DocumentState.PENDING):
                     raise _refuse(job, "NOTHING_TO_RETRY", "has no document left to index: add those that failed again")
     except NotFound as error:
-        raise _refuse(job, "JOB_INPUT_GONE", f"cannot be retried, for what it works on was deleted: {error}") from error
+        raise _refuse(job, "JOB_INPUT_GONE", f"cannot be retried, for what it works on was deleted: {str(error).rstrip('.')}") from error
 
 
 async def _revive_model(transaction: Transaction, model: Model, job: Job) -> None:
