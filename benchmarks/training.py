@@ -122,6 +122,7 @@ def train_ours(options: argparse.Namespace) -> Result:
 
 def make_order(options: argparse.Namespace) -> "FineTuneOrder":
     """Order the job: no evaluation, and no checkpoint before the last step."""
+    from server.diskfiles import hash_file
     from server.domain.datasets import DatasetFormat, RecordKind
     from server.domain.orders import DatasetFile, FineTuneOrder
     from server.domain.specs import FineTuneSpec, OverlongPolicy, ParametersRequest, Scheduler
@@ -139,8 +140,9 @@ def make_order(options: argparse.Namespace) -> "FineTuneOrder":
     )
     technique = make_technique(options.technique)
     parameters = resolve_parameters(asked, FineTuneDefaults(options.batch_size, options.learning_rate), technique, records)
-    dataset = DatasetFile("train.jsonl", "", DatasetFormat.JSONL, RecordKind.CHAT, records)
-    return FineTuneOrder("job", 1, FineTuneSpec(BASE_MODEL, "ds", "", technique, parameters), dataset, "job", "result")
+    sha256 = hash_file(options.records / "train.jsonl")
+    dataset = DatasetFile("train.jsonl", sha256, DatasetFormat.JSONL, RecordKind.CHAT, records)
+    return FineTuneOrder("job", 1, FineTuneSpec(BASE_MODEL, "ds", sha256, technique, parameters), dataset, "job", "result")
 
 
 def make_technique(name: str) -> "Technique":
@@ -252,18 +254,21 @@ def measure_loss(options: argparse.Namespace, model: Any) -> float:
     from torch.nn.functional import cross_entropy
 
     from server.basemodels.loading import load_tokenizer
-    from server.basemodels.rendering import render_record
     from server.basemodels.sources import BaseModelSource
-    from server.domain.records import parse_record
+    from server.datafiles.preparation import Preparation, Rules
+    from server.datafiles.reading import NumberedRecord
+    from server.domain.record_forms import parse_record
+    from server.domain.specs import LossOn, OverlongPolicy
 
     tokenizer = load_tokenizer(BaseModelSource(options.cache).resolve(BASE_MODEL).directory)
+    preparation = Preparation(tokenizer, Rules(8192, OverlongPolicy.REJECT, LossOn.ASSISTANT, needs_pairs=False))
     model.eval()
     total, trained = 0.0, 0
     with torch.no_grad(), (options.records / "held_out.jsonl").open("rb") as lines:
         for line in lines:
-            rendered = render_record(tokenizer, parse_record(line))
-            ids = torch.tensor(rendered.token_ids, device=model.device)[None]
-            mask = torch.tensor(rendered.trained_mask, device=model.device)[1:]
+            (sequence,) = preparation.prepare([NumberedRecord(1, 1, parse_record(line))])[0].sequences
+            ids = torch.tensor(sequence.token_ids, device=model.device)[None]
+            mask = torch.tensor(sequence.weights, device=model.device)[1:] > 0
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1][mask].float()
             total += float(cross_entropy(logits, ids[0, 1:][mask], reduction="sum"))
             trained += int(mask.sum())

@@ -11,6 +11,7 @@ ROLES = {
     "engine": "holds models, generates and embeds",
     "train": "one fine-tuning job; started by a worker",
     "index": "one RAG index job; started by a worker",
+    "inspect": "look through one file of records, under limits; started by the api",
     "migrate": "bring the database's tables up to date",
 }
 
@@ -26,6 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif role in ("api", "worker", "engine"):
             role_parser.add_argument("--ready-fd", type=int, help="descriptor that is told when the role is ready")
     options = parser.parse_args(arguments)
+    if options.role == "inspect":  # reads no settings: it has no business with them
+        from server.datafiles.inspection import run_inspection
+
+        return run_inspection()
     # Before grpc is imported: children are started by exec, and its fork handlers can hang.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     # Before torch is: OpenMP's threads spin while they wait, and where processes share cores that takes nearly all of the time

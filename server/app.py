@@ -78,6 +78,8 @@ async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, Non
 async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
     from server.api.server import ApiServer, Services
     from server.childprocess import announce_ready
+    from server.datafiles.importing import ImportRoot, ImportRoots
+    from server.datafiles.inspector import InspectionProcesses
     from server.db.database import PostgresDatabase
     from server.db.feed import PostgresJobFeed
     from server.inference.client import EngineClient
@@ -88,6 +90,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.inference_service import InferenceService
     from server.services.job_control import JobControl
     from server.services.model_service import ModelService
+    from server.services.previews import Previews
     from server.services.rag_answers import RagAnswers
     from server.services.rag_models import RagModels
     from server.services.references import References
@@ -102,7 +105,8 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     engine = EngineClient(settings.engine_socket)
     files = _open_files(settings)
     base_models = _make_source(settings)
-    datasets = Datasets(database, files, settings.max_dataset_bytes)
+    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": {"token": settings.hub_token}})
+    datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
     estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
@@ -112,6 +116,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
         versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
+        previews=Previews(database, engine, base_models),
     )
     server = ApiServer(services, ORGANIZATION, f"{settings.bind_address}:{settings.grpc_port}")
     try:
@@ -169,6 +174,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     import psutil
 
     from server.childprocess import announce_ready
+    from server.datafiles.previewing import Previewer
     from server.inference.batching import BatchLimits
     from server.inference.engine import EmbeddedEngine
     from server.inference.library import LoadingOptions
@@ -182,6 +188,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
         base_models=source,
         versions=store,
         embedder=_Listing(Embedder(lambda name: source.resolve(name).directory)),
+        previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
     )

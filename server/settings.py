@@ -82,6 +82,14 @@ def _database_url(text: str) -> str:
     return text
 
 
+def _import_roots(text: str) -> tuple[str, ...]:
+    roots = tuple(re.split(r"[\s,]+", text))
+    for root in roots:
+        if not re.fullmatch(r"(file://)?/[^?#*]*|(s3|gs|hf)://[^/?#*]+(/[^?#*]*)?", root) or "/.." in root:
+            raise ValueError(f"must name directories, s3://bucket/…, gs://bucket/… or hf://datasets/…, not {root!r}")
+    return roots
+
+
 def _word(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.upper() not in allowed:
@@ -154,6 +162,12 @@ class Settings:
     )
     max_dataset_bytes: int = _variable(
         "MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes."
+    )
+    dataset_import_roots: tuple[str, ...] | None = _variable(
+        "DATASET_IMPORT_ROOTS",
+        _import_roots,
+        "",
+        "Places (separated by spaces or commas) below which datasets may be imported: directories, s3://…, gs://…, hf://…; unset: none.",
     )
     max_concurrent_generations: int = _variable(
         "MAX_CONCURRENT_GENERATIONS", _integer(1, 1024), "16", "Generations that the engine computes together."

@@ -24,6 +24,7 @@ from server.api.model_servicer import ModelServicer
 from server.api.training_servicer import TrainingServicer
 from server.services.inference_service import InferenceService
 from server.services.model_service import ModelService
+from server.services.previews import Previews
 from server.services.training_service import TrainingService
 from server.services.versions import Versions
 
@@ -56,6 +57,7 @@ class Services:
     training: TrainingService
     inference: InferenceService
     versions: Versions
+    previews: Previews
 
 
 class ApiServer:
@@ -68,7 +70,7 @@ class ApiServer:
         self._server = aio.server(interceptors=[Boundary(FILES)], options=OPTIONS)
         models = ModelServicer(services.models, services.versions, organization)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
-        training = TrainingServicer(services.training, organization, self._stopping)
+        training = TrainingServicer(services.training, services.previews, organization, self._stopping)
         training_service_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
         inference = InferenceServicer(services.inference, organization)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)

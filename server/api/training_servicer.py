@@ -12,10 +12,18 @@ from modeltraining.v1 import training_service_pb2 as pb
 from modeltraining.v1.training_service_pb2_grpc import TrainingServiceServicer
 
 from server.api.decoding import page_from_proto
-from server.api.mappers.datasets import dataset_to_proto, upload_from_proto
+from server.api.mappers.datasets import (
+    dataset_to_proto,
+    import_from_proto,
+    import_item_to_proto,
+    preview_from_proto,
+    preview_to_proto,
+    upload_from_proto,
+)
 from server.api.mappers.events import watch_item_to_proto
 from server.api.mappers.jobs import attempt_to_proto, checkpoint_to_proto, job_to_proto, list_jobs_from_proto, metrics_to_proto
 from server.api.pacing import end_when_set
+from server.services.previews import Previews
 from server.services.training_service import TrainingService
 from server.services.validation import Violations
 
@@ -25,8 +33,9 @@ Context = aio.ServicerContext
 class TrainingServicer(TrainingServiceServicer):
     """The use cases of jobs and datasets, for one organization. Watches end when `stop` is set: they would never do by themselves."""
 
-    def __init__(self, service: TrainingService, organization: str, stop: asyncio.Event) -> None:
+    def __init__(self, service: TrainingService, previews: Previews, organization: str, stop: asyncio.Event) -> None:
         self._service = service
+        self._previews = previews
         self._organization = organization
         self._stop = stop
 
@@ -128,6 +137,27 @@ class TrainingServicer(TrainingServiceServicer):
         found.raise_if_any()
         dataset = await self._service.datasets.upload(self._organization, wanted, _read_data(first, request_iterator))
         return dataset_to_proto(dataset)
+
+    async def ImportDataset(
+        self, request: pb.ImportDatasetRequest, context: Context[pb.ImportDatasetRequest, pb.ImportDatasetResponse]
+    ) -> AsyncGenerator[pb.ImportDatasetResponse, None]:
+        """Import a file, telling how far it is."""
+        found = Violations()
+        wanted = import_from_proto(request, found)
+        found.raise_if_any()
+        items = self._service.datasets.import_(self._organization, wanted)
+        async with aclosing(end_when_set(items, self._stop)) as progress:
+            async for item in progress:
+                yield import_item_to_proto(item)
+
+    async def PreviewDataset(
+        self, request: pb.PreviewDatasetRequest, context: Context[pb.PreviewDatasetRequest, pb.PreviewDatasetResponse]
+    ) -> pb.PreviewDatasetResponse:
+        """Show records as a base model reads them."""
+        found = Violations()
+        wanted = preview_from_proto(request, found)
+        found.raise_if_any()
+        return preview_to_proto(await self._previews.preview(self._organization, wanted))
 
     async def ListDatasets(
         self, request: pb.ListDatasetsRequest, context: Context[pb.ListDatasetsRequest, pb.ListDatasetsResponse]

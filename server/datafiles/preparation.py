@@ -135,7 +135,8 @@ class Preparation:
     def _finish(self, numbered: NumberedRecord, encoded: Sequence[tuple[MarkedText, Rendered | RenderingRefused]]) -> PreparedRecord:
         assert isinstance(numbered.record, Record)
         names = ("chosen", "rejected") if len(encoded) == 2 else ("record",)
-        sequences, codes = [], {}
+        sequences: list[PreparedSequence] = []
+        codes: dict[str, str] = {}
         for name, (text, rendered) in zip(names, encoded, strict=True):
             if isinstance(rendered, RenderingRefused):
                 return _refuse(numbered, rendered.reason, str(rendered))
@@ -215,7 +216,7 @@ class Preparation:
 
 def _split(sequence: PreparedSequence, max_tokens: int) -> list[PreparedSequence]:
     """Cut a text into parts. Each begins with the last token of the one before, so that every token but the first is trained once."""
-    parts = []
+    parts: list[PreparedSequence] = []
     for start in range(0, len(sequence.token_ids) - 1, max_tokens - 1):
         part = slice(start, start + max_tokens)
         weights = [0.0, *sequence.weights[part][1:]]

@@ -89,7 +89,7 @@ def _pack(file: Any, records: TokenizedRecords, report: Report) -> None:
     header = {"sequences_per_record": records.sequences_per_record, "report": _REPORT.to_json(report)}
     header |= {name: len(arrays[name]) for name, _ in _PARTS}
     line = json.dumps(header).encode() + b"\n"
-    parts = [memoryview(arrays[name]).cast("B") for name, _ in _PARTS]
+    parts = [arrays[name].tobytes() for name, _ in _PARTS]
     digest = hashlib.sha256(line)
     for part in parts:
         digest.update(part)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Literal
 
 from server.domain.findings import Finding
 
@@ -37,8 +38,45 @@ class RecordKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class InspectionOrder:
+    """Which file to look through. `format` and `record_kind` None: recognised; larger than `max_bytes` unpacked: refused."""
+
+    path: str
+    max_bytes: int
+    format: DatasetFormat | None = None
+    record_kind: RecordKind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectionProgress:
+    """How far an inspection is."""
+
+    records: int
+    kind: Literal["progress"] = "progress"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a file of records holds. `findings` are the first ones, `finding_counts` one per code over all records.
+
+    `error_code` and `error` say why it cannot be used as a whole, or not from some place on.
+    """
+
+    format: DatasetFormat
+    compression: Compression | None
+    record_kind: RecordKind
+    record_count: int
+    invalid_record_count: int
+    findings: Sequence[Finding] = ()
+    finding_counts: Sequence[Finding] = ()
+    error_code: str = ""
+    error: str = ""
+    kind: Literal["inspection"] = "inspection"
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
-    """An uploaded dataset. `findings` is a sample of the first ones; `invalid_record_count` counts all."""
+    """An uploaded dataset. `findings` is a sample of the first ones; `finding_counts` has each code once, with its count."""
 
     dataset_id: str
     display_name: str

@@ -11,6 +11,7 @@ from grpc import ChannelConnectivity, StatusCode, aio
 
 from server.domain.errors import ServiceError, Unavailable, error_from_data
 from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
+from server.domain.previews import Preview, PreviewOrder
 from server.inference import wire
 from server.services.codec import Codec
 
@@ -72,6 +73,10 @@ class EngineClient:
     async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
         """Embed to unit vectors, one per text."""
         return (await self._call("Embed", wire.EMBED, wire.Embed(embedding_model, tuple(texts), role), wire.Vectors)).vectors
+
+    async def preview(self, order: PreviewOrder) -> Preview:
+        """Show records as a base model reads them."""
+        return (await self._call("Preview", wire.PREVIEW, order, wire.Previewed)).preview
 
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""

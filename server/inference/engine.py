@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
+from server.domain.previews import Preview, PreviewOrder
 from server.inference.library import (
     AdapterFiles,
     BaseModelResolver,
@@ -39,6 +40,13 @@ class Embedder(Protocol):
         """Give one unit vector per text."""
 
 
+class Previewer(Protocol):
+    """Shows records (datafiles/previewing.py, injected by app.py). Blocking."""
+
+    def preview(self, order: PreviewOrder) -> Preview:
+        """Give the records of the order."""
+
+
 class EmbeddedEngine:
     """Implements the Engine port. All methods belong to one event loop; `start` first, `stop` last."""
 
@@ -48,6 +56,7 @@ class EmbeddedEngine:
         base_models: BaseModelResolver,
         versions: VersionFiles,
         embedder: Embedder | None,
+        previewer: Previewer | None = None,
         options: LoadingOptions,
         max_model_bytes: int,
     ) -> None:
@@ -62,6 +71,7 @@ class EmbeddedEngine:
         # One load at a time: two large models that load together need twice the memory at its peak.
         self._loader = ThreadPoolExecutor(1, "engine-loads")
         self._embedding = ThreadPoolExecutor(1, "engine-embeds")
+        self._previewer, self._previewing = previewer, ThreadPoolExecutor(1, "engine-previews")
 
     def start(self) -> None:
         """Start computing."""
@@ -72,6 +82,7 @@ class EmbeddedEngine:
         await asyncio.to_thread(self._stepper.stop)
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._embedding.shutdown(wait=False, cancel_futures=True)
+        self._previewing.shutdown(wait=False, cancel_futures=True)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
         """Stream deltas, then GenerationFinished; closing the iterator frees the place before the next step."""
@@ -114,6 +125,12 @@ class EmbeddedEngine:
         if self._embedder is None:
             raise FailedPrecondition("This engine embeds nothing.", reason="EMBEDDER_MISSING")
         return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embedder.embed, embedding_model, texts, role)
+
+    async def preview(self, order: PreviewOrder) -> Preview:
+        """Show records as a base model reads them, through the injected previewer; needs the tokenizer only."""
+        if self._previewer is None:
+            raise FailedPrecondition("This engine previews nothing.", reason="PREVIEWER_MISSING")
+        return await asyncio.get_running_loop().run_in_executor(self._previewing, self._previewer.preview, order)
 
     async def forget(self, model_id: str) -> None:
         """Drop a deleted model's adapters and weights, and a base model of that name that nobody uses. Running requests end undisturbed."""

@@ -11,6 +11,7 @@ import grpc
 from grpc import aio
 
 from server.domain.errors import ServiceError, Unavailable
+from server.domain.previews import PreviewOrder
 from server.inference import wire
 from server.inference.engine import EmbeddedEngine
 from server.services.codec import Codec
@@ -53,6 +54,9 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         vectors = await engine.embed(request.embedding_model, request.texts, request.role)
         return wire.Vectors(tuple(tuple(vector) for vector in vectors))
 
+    async def preview(request: PreviewOrder) -> wire.UnaryReply:
+        return wire.Previewed(await engine.preview(request))
+
     async def forget(request: wire.Forget) -> wire.UnaryReply:
         await engine.forget(request.model_id)
         return wire.Done()
@@ -67,6 +71,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
             "CountTokens": _handle_unary(wire.COUNT_TOKENS, count_tokens),
             "ReadContextTokens": _handle_unary(wire.READ_CONTEXT_TOKENS, read_context_tokens),
             "Embed": _handle_unary(wire.EMBED, embed),
+            "Preview": _handle_unary(wire.PREVIEW, preview),
             "Forget": _handle_unary(wire.FORGET, forget),
             "Describe": _handle_unary(wire.DESCRIBE, describe),
         },

@@ -6,6 +6,7 @@ from typing import Literal
 
 from server.domain.errors import ErrorData
 from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference
+from server.domain.previews import Preview, PreviewOrder
 from server.services.codec import Codec
 
 SERVICE_NAME = "modeltraining.engine.Engine"
@@ -35,6 +36,14 @@ class Embed:
     embedding_model: str
     texts: Sequence[str]
     role: EmbedRole
+
+
+@dataclass(frozen=True, slots=True)
+class Previewed:
+    """Records as a base model reads them."""
+
+    preview: Preview
+    kind: Literal["previewed"] = "previewed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +120,14 @@ class EngineStatus:
 
 
 GenerateReply = Delta | GenerationFinished | Failure
-UnaryReply = TokenCounts | ContextTokens | Vectors | Done | EngineStatus | Failure
+UnaryReply = Previewed | TokenCounts | ContextTokens | Vectors | Done | EngineStatus | Failure
 
 GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)
 READ_CONTEXT_TOKENS = Codec[ReadContextTokens](ReadContextTokens)
 EMBED = Codec[Embed](Embed)
 FORGET = Codec[Forget](Forget)
+PREVIEW = Codec[PreviewOrder](PreviewOrder)
 DESCRIBE = Codec[Describe](Describe)
 GENERATE_REPLY = Codec[GenerateReply](GenerateReply)
 UNARY_REPLY = Codec[UnaryReply](UnaryReply)

@@ -6,9 +6,10 @@ Everything that a `Transaction` reads or writes belongs to the organization that
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from server.domain.datasets import Dataset
+from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
 from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import ErrorData
 from server.domain.events import Evaluated, JobEvent, LoggedPayload, ResultReady, StepDone
@@ -16,7 +17,8 @@ from server.domain.generation import EmbedRole, GenerationRequest, ModelReferenc
 from server.domain.jobs import Attempt, Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
 from server.domain.orders import DatasetFile, DocumentText
-from server.domain.retrieval import Chunk, RetrievedChunk
+from server.domain.previews import Preview, PreviewOrder
+from server.domain.retrieval import Chunk, RetrievedChunk, Search
 from server.domain.shapes import ModelShape
 from server.domain.specs import FineTuneSpec
 
@@ -171,8 +173,11 @@ class Documents(Protocol):
     async def delete(self, model_id: str, document_id: str) -> None:
         """Remove a document with its chunks and vectors, at once. Raises NotFound."""
 
-    async def search(self, model_id: str, vector: Sequence[float], top_k: int, similarity_threshold: float) -> Sequence[RetrievedChunk]:
-        """Give the chunks most similar to a unit vector, best first, none below the threshold (`1 - cosine distance`)."""
+    async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
+        """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared."""
+
+    async def list_unknown_keys(self, model_id: str, keys: Sequence[str]) -> Sequence[str]:
+        """Give those of the keys that no indexed document's metadata has; none where no document is indexed."""
 
 
 class Requests(Protocol):
@@ -308,11 +313,33 @@ class Files(Protocol):
     async def write(self, path: str, data: AsyncIterator[bytes], max_bytes: int) -> StoredFile:
         """Stream to disk, aside and renamed. Raises ResourceExhausted over `max_bytes` or on a full disk; leaves nothing behind."""
 
-    def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
-        """Stream the lines in bounded batches, without their ends; a line longer than a record may be comes cut, but still too long."""
+    async def fetch(self, path: str) -> Path:
+        """Give the place of a file on this machine's disk. Raises NotFound where it is not in remote storage."""
 
     async def delete_tree(self, path: str) -> None:
         """Remove a file or directory under the storage root, if it is there."""
+
+
+class Inspector(Protocol):
+    """Looks through files of records where a hostile one can do no harm."""
+
+    def inspect(self, order: InspectionOrder) -> AsyncGenerator[InspectionProgress | Inspection, None]:
+        """Tell how far it is, and last what the file holds. Closing ends the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to import, as a stream. `size_bytes` None: not known."""
+
+    size_bytes: int | None
+    pieces: AsyncIterator[bytes]
+
+
+class DatasetSources(Protocol):
+    """Files outside of this service that may be imported."""
+
+    def open(self, uri: str) -> AbstractAsyncContextManager[SourceFile]:
+        """Open a file. Raises FailedPrecondition or InvalidInput where it may not be read, NotFound, Unavailable."""
 
 
 class Artefacts(Protocol):
@@ -345,6 +372,9 @@ class Engine(Protocol):
 
     async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
         """Embed to unit vectors, one per text."""
+
+    async def preview(self, order: PreviewOrder) -> Preview:
+        """Show records as a base model reads them. Raises FailedPrecondition where its tokenizer or the file cannot be read."""
 
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from server.domain.datasets import DatasetFormat
+from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
 from server.domain.generation import ChatMessage, GenerationParameters
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalOverrides
-from server.domain.specs import ExportFormat, ParametersRequest, VersionReference
+from server.domain.specs import ExportFormat, LossOn, OverlongPolicy, ParametersRequest, VersionReference
 from server.domain.techniques import Technique
 from server.services.ports import JobFilter, ModelFilter
 
@@ -144,6 +144,34 @@ class UploadDataset:
     format: DatasetFormat | None = None
     request_id: str = ""
     validate_only: bool = False
+    record_kind: RecordKind | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportDataset:
+    """A file to import."""
+
+    display_name: str
+    uri: str
+    format: DatasetFormat | None = None
+    record_kind: RecordKind | None = None
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewDataset:
+    """Records to show: those of `records`, or a page."""
+
+    dataset_id: str
+    base_model: str
+    records: Sequence[int] = ()
+    page_size: int | None = None
+    page_token: str = ""
+    max_sequence_tokens: int | None = None
+    overlong_policy: OverlongPolicy | None = None
+    loss_on: LossOn | None = None
+    max_tokens_shown: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from grpc import aio
 
 from server.api.server import ApiServer, Services
 from server.basemodels.sources import BaseModelSource
+from server.datafiles.importing import ImportRoot, ImportRoots
+from server.datafiles.inspector import InspectionProcesses
 from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
 from server.inference.client import EngineClient
@@ -24,6 +26,7 @@ from server.services.inference_service import InferenceService
 from server.services.job_control import JobControl
 from server.services.machine import Machine
 from server.services.model_service import ModelService
+from server.services.previews import Previews
 from server.services.rag_answers import RagAnswers
 from server.services.rag_models import RagModels
 from server.services.references import References
@@ -54,7 +57,9 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     """The api on a port of its own."""
     files, source = LocalFiles(tmp_path / "storage"), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
-    datasets = Datasets(database, files, MAX_DATASET_BYTES)
+    datasets = Datasets(
+        database, files, InspectionProcesses(), ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))]), MAX_DATASET_BYTES
+    )
     machine = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine))
     references = References(database, source)
@@ -63,6 +68,7 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
         versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),
+        previews=Previews(database, engine, source),
     )
     server = ApiServer(services, "default", "127.0.0.1:0")
     port = await server.start()

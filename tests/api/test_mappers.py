@@ -44,8 +44,8 @@ from server.domain.events import (
 from server.domain.generation import FinishReason, GenerationParameters, Role
 from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
-from server.domain.records import parse_record
-from server.domain.retrieval import MetadataValue, RetrievalOverrides, SearchMode
+from server.domain.record_forms import parse_record
+from server.domain.retrieval import MetadataCondition, MetadataValue, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.domain.specs import LossOn, OverlongPolicy, ParametersRequest, Scheduler
 from server.domain.techniques import LoraTechnique
 from server.services.validation import Violations
@@ -132,12 +132,50 @@ def test_what_is_not_built_yet_is_refused_by_name() -> None:
     assert sorted(named(found)) == sorted(
         ["qlora", "parameters.packing", "parameters.early_stopping", "parameters.loss_on", "parameters.overlong_policy"]
     )
+
+
+def test_scoring_again_is_refused_until_it_is_built() -> None:
     found = Violations()
-    config = retrieval_pb2.RetrievalConfig(
-        dense_weight=0.5, lexical_weight=0.5, rerank=retrieval_pb2.RetrievalConfig.Rerank(), filter=retrieval_pb2.MetadataFilter()
-    )
-    retrieval.overrides_from_proto(config, found)
-    assert sorted(named(found)) == ["retrieval.dense_weight", "retrieval.filter", "retrieval.lexical_weight", "retrieval.rerank"]
+    retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=retrieval_pb2.RetrievalConfig.Rerank()), found)
+    assert named(found) == ["retrieval.rerank"]
+
+
+FILTER = (
+    MetadataCondition("year", at_least=2020, at_most=2024.5),
+    MetadataCondition("date", at_most="2026-01-01"),
+    MetadataCondition("draft", equals=False),
+    MetadataCondition("لغة", any_of=("ar", 1, True)),
+    MetadataCondition("author", exists=False),
+)
+
+
+def test_search_settings_read_back_as_they_were_written() -> None:
+    found = Violations()
+    settings = RetrievalSettings(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER)
+    read = retrieval.overrides_from_proto(retrieval.settings_to_proto(settings), found)
+    assert read == RetrievalOverrides(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER)
+    assert [type(value) for condition in read.filter or () for value in condition.any_of] == [str, int, bool]
+    assert not found.found
+
+
+@pytest.mark.parametrize(
+    ("condition", "field"),
+    [
+        ({}, ""),
+        ({"equals": None}, ".equals"),
+        ({"equals": [1]}, ".equals"),
+        ({"any_of": []}, ".any_of"),
+        ({"any_of": ["a", {}]}, ".any_of[1]"),
+        ({"range": {}}, ".range"),
+        ({"range": {"at_least": True}}, ".range.at_least"),
+        ({"range": {"at_least": 1, "at_most": "b"}}, ".range"),
+    ],
+)
+def test_a_condition_that_tests_nothing_is_refused_by_its_place(condition: dict[str, object], field: str) -> None:
+    found = Violations()
+    message = json_format.ParseDict({"filter": {"conditions": [{"key": "year", **condition}]}}, retrieval_pb2.RetrievalConfig())
+    retrieval.overrides_from_proto(message, found)
+    assert named(found) == [f"retrieval.filter.conditions[0]{field}"]
 
 
 def test_the_effective_configuration_reads_back_as_what_was_resolved() -> None:
@@ -170,7 +208,7 @@ def test_inline_records_are_the_lines_of_a_dataset() -> None:
     records = [message_pb2.TrainingRecord(prompt="؟", completion="نعم"), message_pb2.TrainingRecord(messages=turns)]
     request = model_service_pb2.CreateFineTunedModelRequest(inline_records=records)
     lines = models.create_fine_tuned_from_proto(request, Violations()).inline_records
-    assert [parse_record(line).is_completion for line in lines] == [True, False]
+    assert [parse_record(line).is_plain for line in lines] == [True, False]
     assert json.loads(models.record_to_line(message_pb2.TrainingRecord(prompt=""))) == {"prompt": ""}
 
 

@@ -187,10 +187,26 @@ async def test_records_are_uploaded_as_a_body(rest: httpx.AsyncClient) -> None:
     dataset = answer.json()
     assert answer.status_code == 200, answer.text
     assert (dataset["record_count"], dataset["invalid_record_count"], dataset["display_name"]) == (1_001, 1, "My records")
-    assert [(finding["line"], finding["code"]) for finding in dataset["findings"]] == [(1_002, "BROKEN_JSON")]
+    assert [(finding["line"], finding["code"]) for finding in dataset["findings"][-1:]] == [(1_002, "BROKEN_JSON")]
+    counts = {finding["code"]: (finding["severity"], finding["count"]) for finding in dataset["finding_counts"]}
+    assert counts == {"DUPLICATE": ("SEVERITY_WARNING", 1_000), "BROKEN_JSON": ("SEVERITY_ERROR", 1)}
     assert (await rest.get(f"/datasets/{dataset['dataset_id']}")).json() == dataset
     assert (await rest.delete(f"/datasets/{dataset['dataset_id']}")).json() == {}
     assert (await rest.get(f"/datasets/{dataset['dataset_id']}")).status_code == 404
+
+
+async def test_an_import_streams_how_far_it_is_and_ends_with_its_dataset_or_error(rest: httpx.AsyncClient, tmp_path: Path) -> None:
+    (tmp_path / "imports").mkdir()
+    (tmp_path / "imports" / "records.jsonl").write_bytes(LINE * 10)
+    request = {"display_name": "d", "uri": f"file://{tmp_path}/imports/records.jsonl", "record_kind": "RECORD_KIND_COMPLETION"}
+    async with rest.stream("POST", "/datasets/import", json=request) as answer:
+        assert answer.headers["content-type"] == "text/event-stream"
+        events = [event async for event in read_events(answer)]
+    assert all(list(event) == ["progress"] for event in events[:-1])
+    dataset = events[-1]["dataset"]
+    assert (dataset["record_count"], dataset["source_uri"]) == (10, request["uri"])
+    refused = await rest.post("/datasets/import", json={"display_name": "d", "uri": f"file://{tmp_path}/storage/x"})
+    assert (refused.status_code, read_bad_fields(refused)) == (400, ["uri"])
 
 
 @pytest.mark.parametrize(

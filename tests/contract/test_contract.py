@@ -49,6 +49,8 @@ PROMISED = (
     ("get", "/training-jobs/{job_id}/watch", "TrainingService.WatchTrainingJob"),
     ("get", "/training-jobs/{job_id}/metrics", "TrainingService.GetTrainingMetrics"),
     ("post", "/datasets", "TrainingService.UploadDataset"),
+    ("post", "/datasets/import", "TrainingService.ImportDataset"),
+    ("get", "/datasets/{dataset_id}/preview", "TrainingService.PreviewDataset"),
     ("get", "/datasets", "TrainingService.ListDatasets"),
     ("get", "/datasets/{dataset_id}", "TrainingService.GetDataset"),
     ("delete", "/datasets/{dataset_id}", "TrainingService.DeleteDataset"),
@@ -64,6 +66,7 @@ BODIES = {"TrainingService.UploadDataset": "data", "ModelService.EstimateFineTun
 STREAMS = {
     "TrainingService.UploadDataset": (True, False),
     "TrainingService.WatchTrainingJob": (False, True),
+    "TrainingService.ImportDataset": (False, True),
     "ModelService.DownloadModelFile": (False, True),
     "ModelService.DownloadModelArchive": (False, True),
     "InferenceService.StreamGenerate": (False, True),
@@ -134,7 +137,13 @@ def test_scalars_are_numbers_in_json() -> None:
 
 
 def test_a_created_thing_can_be_asked_for_twice_and_tried() -> None:
-    creating = {"CreateFineTunedModelRequest", "CreateRagModelRequest", "AddDocumentsRequest", "UploadDatasetRequest"}
+    creating = {
+        "CreateFineTunedModelRequest",
+        "CreateRagModelRequest",
+        "AddDocumentsRequest",
+        "UploadDatasetRequest",
+        "ImportDatasetRequest",
+    }
     messages = {message.name: {field.name for field in message.field} for _, message in walk_messages()}
     for name in creating:
         assert {"request_id", "validate_only"} <= messages[name], name

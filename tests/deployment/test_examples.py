@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.domain.records import Record, parse_record
+from server.domain.record_forms import parse_record
+from server.domain.records import Record
 from tests.deployment.dockerfile import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"

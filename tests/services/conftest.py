@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from server.basemodels.sources import BaseModelSource
+from server.datafiles.importing import ImportRoot, ImportRoots
+from server.datafiles.inspector import InspectionProcesses
 from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
 from server.domain.specs import ParametersRequest
@@ -60,7 +62,8 @@ class UseCases:
 async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[UseCases]:
     storage = tmp_path / "storage"
     files, source = LocalFiles(storage), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
-    datasets = Datasets(database, files, 10_000)
+    imports = ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))])
+    datasets = Datasets(database, files, InspectionProcesses(), imports, 10_000)
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, MACHINE))
     models = ModelService(database, files, engine, source, tuning, RagModels(database, source))

@@ -16,7 +16,8 @@ async def test_bad_records_are_named_by_line_and_the_good_ones_kept(use_cases: U
     data = pieces(GOOD_LINE, b"\n{broken\n", GOOD_LINE + b"[]")
     dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), data)
     assert (dataset.record_count, dataset.invalid_record_count, dataset.record_kind) == (2, 2, RecordKind.COMPLETION)
-    assert [(finding.line, finding.code) for finding in dataset.findings] == [(3, "BROKEN_JSON"), (5, "NOT_AN_OBJECT")]
+    assert [(finding.line, finding.code) for finding in dataset.findings] == [(3, "BROKEN_JSON"), (4, "DUPLICATE"), (5, "NOT_AN_OBJECT")]
+    assert [(finding.code, finding.count) for finding in dataset.finding_counts] == [(finding.code, 1) for finding in dataset.findings]
     assert stored_files(use_cases) == [dataset.path]
     assert await use_cases.datasets.get(ORGANIZATION, dataset.dataset_id) == dataset
 
