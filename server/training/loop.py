@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,49 +11,19 @@ import psutil
 import torch
 from torch import nn
 
-from server.childprocess import Signals
-from server.domain.events import ChildEvent, Evaluated, Sampled, StepDone, Warned
+from server.domain.events import Evaluated, Sampled, StepDone, Warned
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.specs import TrainingParameters
-from server.training.batches import BatchPlan, Examples, MicroBatch
+from server.training.batches import MicroBatch
 from server.training.checkpoint import Position
 from server.training.evaluation import Evaluation, evaluate, is_patience_over, note_loss
-from server.training.network import Network
-from server.training.objectives.objective import Objective
-from server.training.sampling import Sampler
+from server.training.memory import compute_in_memory
 from server.training.schedule import learning_rate
 from server.training.signals import PauseAsked, check_signals, check_stop
-from server.training.techniques.trained import Trained
+from server.training.state import Run
 
-# Measured on SmolLM2, two cores: fewer tokens leave matrix products too small, more leave the caches.
-MICRO_BATCH_TOKENS = 1024
 # Steps without a finite gradient, one after the other, after which training cannot recover.
 MAX_SKIPPED_IN_A_ROW = 3
 SPEED_WINDOW_STEPS = 20
-
-
-@dataclass(slots=True)
-class Run:
-    """Everything that the loop works with. `save` writes a checkpoint, kept beside the latest if it is the best."""
-
-    network: Network
-    trained: Trained
-    objective: Objective
-    optimiser: torch.optim.Optimizer
-    examples: Examples
-    held_out: Examples
-    plan: BatchPlan
-    settings: TrainingParameters
-    emit: Callable[[ChildEvent], None]
-    signals: Signals
-    save: Callable[[Position, bool], None]
-    sampler: Sampler | None = None
-    micro_batch_tokens: int = MICRO_BATCH_TOKENS
-
-
-def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingParameters) -> torch.optim.Optimizer:
-    """Make AdamW (Loshchilov and Hutter 2019)."""
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)
 
 
 def train(run: Run, position: Position) -> None:
@@ -75,7 +45,7 @@ def _train(run: Run, position: Position) -> None:
         check_signals(run.signals)
         clock.start()
         rate = _set_learning_rate(run, position.step)
-        gradients = _accumulate_gradients(run, list(_batches_of_step(run, position.step)))
+        gradients = compute_in_memory(run, partial(_accumulate_gradients, run, position.step))
         norm = float(nn.utils.clip_grad_norm_(run.trained.parameters.values(), run.settings.max_gradient_norm))
         finite = math.isfinite(gradients.loss) and math.isfinite(norm)
         if finite:
@@ -101,7 +71,7 @@ def _is_over(run: Run, position: Position) -> bool:
 
 
 def _batches_of_step(run: Run, step: int) -> Iterator[MicroBatch]:
-    for group in run.examples.split(run.plan.records_of_step(step), run.micro_batch_tokens):
+    for group in run.examples.split(run.plan.records_of_step(step), run.way.micro_batch_tokens):
         yield run.examples.lay_out(group)
 
 
@@ -128,11 +98,12 @@ class _Gradients:
     trained_tokens: int
 
 
-def _accumulate_gradients(run: Run, batches: list[MicroBatch]) -> _Gradients:
+def _accumulate_gradients(run: Run, step: int) -> _Gradients:
     """Add up the gradients of a step's micro-batches; give the mean of the objective's loss.
 
     Every part is divided by the whole step's count, so the split into micro-batches does not change the gradient.
     """
+    batches = list(_batches_of_step(run, step))
     count = sum(run.objective.count(batch) for batch in batches)
     run.network.model.train()
     total = 0.0
@@ -168,7 +139,7 @@ def _evaluate_if_due(run: Run, position: Position) -> bool:
     if not due or position.evaluated_step == step:
         return False
     check = partial(check_signals, run.signals)
-    evaluation = evaluate(run.network, run.objective, run.held_out, run.micro_batch_tokens, check) if len(run.held_out) else None
+    evaluation = evaluate(run.network, run.objective, run.held_out, run.way.micro_batch_tokens, check) if len(run.held_out) else None
     samples = run.sampler.answer(check) if run.sampler is not None else []
     position.evaluated_step = step
     best = evaluation is not None and _take_evaluation(run, position, evaluation)
@@ -187,9 +158,7 @@ def _take_evaluation(run: Run, position: Position, evaluation: Evaluation) -> bo
         run.emit(Warned("LOSS_NOT_FINITE", f"The evaluation after step {step} gave no finite loss."))
     if is_patience_over(run.settings, position) and step < run.plan.total_steps:
         since = position.evaluations_without_improvement
-        run.emit(
-            Warned("STOPPED_EARLY", f"Training stops after step {step} of {run.plan.total_steps}: {since} evaluations gave nothing.")
-        )
+        run.emit(Warned("STOPPED_EARLY", f"Training stops after step {step} of {run.plan.total_steps}: {since} evaluations gave nothing."))
     return best
 
 

@@ -1,7 +1,9 @@
-"""Whether a step fits into memory, found out before the first one: by the heaviest micro-batches, in the ways the job allows."""
+"""Whether a step fits into memory, found out before the first one by the heaviest micro-batches, and what to do where it does not."""
 
 import gc
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -10,17 +12,11 @@ from server.domain.events import Warned
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.specs import TrainingParameters
 from server.training.batches import find_heaviest_groups
-from server.training.loop import MICRO_BATCH_TOKENS, Run
-from server.training.randomness import untouched_random_state
+from server.training.randomness import RandomState, untouched_random_state
 from server.training.signals import check_signals
+from server.training.state import MICRO_BATCH_TOKENS, Run, Way
 
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a step is computed: in groups of so many tokens, with activations kept or computed again. The maths is the same."""
-
-    micro_batch_tokens: int
-    recomputes: bool
+T = TypeVar("T")
 
 
 def list_ways(settings: TrainingParameters, *, can_recompute: bool) -> list[Way]:
@@ -41,38 +37,57 @@ def settle_memory(run: Run) -> None:
     """
     if run.settings.gradient_checkpointing and not run.network.can_recompute:
         run.emit(Warned("GRADIENT_CHECKPOINTING_LEFT_OUT", "This model or technique cannot compute activations again; they are kept."))
-    ways = list_ways(run.settings, can_recompute=run.network.can_recompute)
-    for place, way in enumerate(ways):
-        run.micro_batch_tokens = way.micro_batch_tokens
-        run.network.set_recomputing(way.recomputes)
-        if _fits(run):
-            if place > 0:
-                run.emit(_tell(way, ways[0]))
-            return
-    raise _fail(run, ways[-1])
-
-
-def _fits(run: Run) -> bool:
-    """Compute forward and backward beside everything else that a step holds."""
+    first, *run.other_ways = list_ways(run.settings, can_recompute=run.network.can_recompute)
+    _take_way(run, first)
     try:
         with untouched_random_state():
-            _reserve_optimiser(run)
-            for group in find_heaviest_groups(run.examples.records, run.plan.batch_size, run.micro_batch_tokens):
-                check_signals(run.signals)
-                run.network.model.train()
-                batch = run.examples.lay_out(group).to(run.network.model.device)
-                run.objective.sum_loss(run.network, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return True
-    except Exception as error:
-        failure = explain_failure(error)
-        if failure is None or failure.reason is not FailureReason.OUT_OF_MEMORY:
-            raise
-        return False
+            compute_in_memory(run, partial(_try_heaviest, run))
     finally:
-        run.optimiser.zero_grad(set_to_none=True)
+        _free(run)
         run.optimiser.state.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+
+
+def compute_in_memory(run: Run, compute: Callable[[], T]) -> T:
+    """Compute gradients; where memory runs out, from the start again in the next way that takes less.
+
+    Raises JobFailure(OUT_OF_MEMORY) when no way is left.
+    """
+    while True:
+        random = RandomState.now()
+        try:
+            return compute()
+        except Exception as error:
+            failure = explain_failure(error)
+            if failure is None or failure.reason is not FailureReason.OUT_OF_MEMORY:
+                raise
+        # Only here the frames of the exception, and the activations in them, are gone.
+        _free(run)
+        random.restore()
+        if not run.other_ways:
+            raise _explain(run)
+        before, _ = run.way, _take_way(run, run.other_ways.pop(0))
+        run.emit(_tell(before, run.way))
+
+
+def _take_way(run: Run, way: Way) -> None:
+    run.way = way
+    run.network.set_recomputing(way.recomputes)
+
+
+def _free(run: Run) -> None:
+    run.optimiser.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _try_heaviest(run: Run) -> None:
+    """Compute forward and backward beside everything else that a step holds."""
+    _reserve_optimiser(run)
+    run.network.model.train()
+    for group in find_heaviest_groups(run.examples.records, run.plan.batch_size, run.way.micro_batch_tokens):
+        check_signals(run.signals)
+        batch = run.examples.lay_out(group).to(run.network.model.device)
+        run.objective.sum_loss(run.network, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
 def _reserve_optimiser(run: Run) -> None:
@@ -84,25 +99,24 @@ def _reserve_optimiser(run: Run) -> None:
     run.optimiser.step()
 
 
-def _tell(way: Way, asked: Way) -> Warned:
-    how = []
-    if way.micro_batch_tokens < asked.micro_batch_tokens:
-        how.append(f"in groups of {way.micro_batch_tokens} tokens instead of {asked.micro_batch_tokens}")
-    if way.recomputes and not asked.recomputes:
-        how.append("with activations computed again in the backward pass")
-    return Warned("MEMORY_SHORT", f"Memory does not suffice otherwise: steps are computed {' and '.join(how)}. The maths is the same.")
+def _tell(before: Way, now: Way) -> Warned:
+    if now.micro_batch_tokens < before.micro_batch_tokens:
+        how = f"in groups of {now.micro_batch_tokens} tokens instead of {before.micro_batch_tokens}"
+    else:
+        how = "with activations computed again in the backward pass"
+    return Warned("MEMORY_SHORT", f"Memory does not suffice: steps are computed {how} from now on. The maths is the same.")
 
 
-def _fail(run: Run, last: Way) -> JobFailure:
-    records = run.examples.records
+def _explain(run: Run) -> JobFailure:
+    records, way = run.examples.records, run.way
     longest = max(records.length(sequence) for index in range(len(records)) for sequence in records.sequences_of(index))
     changes = ["a smaller base model", "the technique QLORA", f"max_sequence_tokens below {longest}, the longest record's"]
-    if last.micro_batch_tokens > longest:
-        changes.insert(0, f"micro_batch_tokens below {last.micro_batch_tokens}")
-    if not last.recomputes and run.network.can_recompute:
+    if way.micro_batch_tokens > longest:
+        changes.insert(0, f"micro_batch_tokens below {way.micro_batch_tokens}")
+    if not way.recomputes and run.network.can_recompute:
         changes.insert(0, "gradient_checkpointing")
     return JobFailure(
         FailureReason.OUT_OF_MEMORY,
-        f"A step does not fit into the memory of this machine, even in groups of {last.micro_batch_tokens} tokens.",
+        f"A step does not fit into the memory of this machine, in groups of {way.micro_batch_tokens} tokens.",
         f"Take {', or '.join(changes)}.",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from server.basemodels.sources import BaseModelSource
 from server.childprocess import Signals
+from server.diskfiles import hash_file
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.events import ChildEvent
 from server.domain.orders import DatasetFile, FineTuneOrder
@@ -98,6 +99,10 @@ class Workplace:
         """The artefacts of this workplace."""
         return ArtefactStore(self.root / "storage")
 
+    def _seal(self, file: DatasetFile) -> DatasetFile:
+        """Give a dataset the hash of the file that lies there now, as its upload would."""
+        return replace(file, sha256=hash_file(self.store.locate(file.path)))
+
     def change(self, **parameters: object) -> None:
         """Change training parameters of the order."""
         changed = replace(self.order.spec.parameters, **parameters)  # type: ignore[arg-type]  # names are checked by replace
@@ -118,5 +123,8 @@ class Workplace:
                 emit(event)
 
         source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.root / "models"], offline=True)
+        self.order = replace(self.order, dataset=self._seal(self.order.dataset))
+        if self.order.eval_dataset is not None:
+            self.order = replace(self.order, eval_dataset=self._seal(self.order.eval_dataset))
         run_fine_tune(self.order, self.store, source, take, Signals(should_stop, should_pause))
         return events

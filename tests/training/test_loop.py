@@ -17,13 +17,14 @@ from server.domain.specs import EarlyStopping, Objective, TrainingParameters
 from server.domain.techniques import FullTechnique, LoraTechnique, Technique
 from server.training.batches import BatchPlan, Examples, MicroBatch
 from server.training.checkpoint import Position
-from server.training.loop import MAX_SKIPPED_IN_A_ROW, Run, make_optimiser, train
+from server.training.loop import MAX_SKIPPED_IN_A_ROW, train
 from server.training.memory import settle_memory
 from server.training.network import Network
 from server.training.objectives.objective import TokenLosses, choose_objective
 from server.training.objectives.reference import compute_reference
 from server.training.objectives.supervised import Supervised
 from server.training.signals import PauseAsked, Stopped
+from server.training.state import Run, Way, make_optimiser
 from server.training.techniques.apply import apply_technique
 from tests.tiny_models import build_tiny_causal_model
 from tests.training.building import make_parameters, make_sequences
@@ -82,7 +83,7 @@ class Builder:
             emit=events.append,
             signals=signals or Signals(lambda: False, lambda: False),
             save=lambda position, best: saved.append((position.step, best)),
-            micro_batch_tokens=settings.micro_batch_tokens or 1024,
+            way=Way(settings.micro_batch_tokens or 1024, recomputes=False),
         )
         return Trial(run, events, saved)
 
@@ -108,7 +109,7 @@ def compare(mine: Trial, theirs: Trial) -> None:
 
 def groups_of(trial: Trial, step: int) -> list[int]:
     run = trial.run
-    return [len(group) for group in run.examples.split(run.plan.records_of_step(step), run.micro_batch_tokens)]
+    return [len(group) for group in run.examples.split(run.plan.records_of_step(step), run.way.micro_batch_tokens)]
 
 
 # Micro-batches of one record, of two or three, and whole steps.
