@@ -6,10 +6,12 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from google.api.httpbody_pb2 import HttpBody
+from grpc import aio
 from modeltraining.v1 import model_service_pb2 as pb
 from modeltraining.v1 import model_service_pb2_grpc
 
@@ -166,3 +168,15 @@ async def test_promoting_deleting_and_exporting_answer_with_what_the_contract_sa
     assert (await read_model(database, made.model_id)).version_count == 1
     unknown = await rest.get(f"{made.path}/files", params={"format": "EXPORT_FORMAT_MERGED"})
     assert (unknown.status_code, json.loads(unknown.text)["details"][0]["reason"]) == (404, "EXPORT_NOT_FOUND")
+
+
+async def test_a_format_that_the_contract_does_not_name_is_refused(api: Api, made: Made) -> None:
+    stub = model_service_pb2_grpc.ModelServiceStub(api.channel)
+    wanted: dict[str, Any] = {"model_id": made.model_id, "version": 1, "format": 9}
+    for call in (
+        stub.ListModelFiles(pb.ListModelFilesRequest(**wanted)),
+        stub.DownloadModelFile(pb.DownloadModelFileRequest(**wanted, path="README.md")).read(),
+        stub.DownloadModelArchive(pb.DownloadModelArchiveRequest(**wanted)).read(),
+    ):
+        with pytest.raises(aio.AioRpcError, match="format: has no value 9"):
+            await call

@@ -70,7 +70,7 @@ def call_rest(url: str, method: str, request: dict[str, Any]) -> Refusal | httpx
     rule = SERVICES[service].methods_by_name[name].GetOptions().Extensions[annotations_pb2.http]
     verb = rule.WhichOneof("pattern")
     rest = dict(request)
-    path = re.sub(r"\{(\w+)\}", lambda match: quote(str(rest.pop(match[1])), safe=""), getattr(rule, verb))
+    path = re.sub(r"\{(\w+)(=\*\*)?\}", lambda match: quote(str(rest.pop(match[1])), safe="/" if match[2] else ""), getattr(rule, verb))
     sent = rest.get(rule.body, rest)
     body: dict[str, Any] = {"json": sent} if rule.body else {"params": rest}
     response = httpx.request(verb.upper(), url + path, **body, timeout=60)
