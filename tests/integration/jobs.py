@@ -65,6 +65,32 @@ class TrainingJobs:
         """Cancel a job; give it as it stands then."""
         return self._post(f"/training-jobs/{job_id}/cancel", {})
 
+    def pause(self, job_id: str) -> dict[str, Any]:
+        """Pause a job; give it as it stands then."""
+        return self._post(f"/training-jobs/{job_id}/pause", {})
+
+    def resume(self, job_id: str) -> dict[str, Any]:
+        """Resume a job; give it as it stands then."""
+        return self._post(f"/training-jobs/{job_id}/resume", {})
+
+    def retry(self, job_id: str) -> dict[str, Any]:
+        """Try a job again; give the job that does."""
+        return self._post(f"/training-jobs/{job_id}/retry", {})
+
+    def list_attempts(self, job_id: str) -> list[dict[str, Any]]:
+        """List the attempts at a job, latest first."""
+        return self._list(job_id, "attempts")
+
+    def list_checkpoints(self, job_id: str) -> list[dict[str, Any]]:
+        """List a job's checkpoints, latest first."""
+        return self._list(job_id, "checkpoints")
+
+    def _list(self, job_id: str, what: str) -> list[dict[str, Any]]:
+        response = httpx.get(f"{self.stack.api}/training-jobs/{job_id}/{what}", timeout=30)
+        assert response.is_success, response.text
+        found: list[dict[str, Any]] = response.json().get(what, [])
+        return found
+
     def wait_for_state(self, job_id: str, *states: str, seconds: float = 240) -> dict[str, Any]:
         """Wait until the job is in one of the states."""
         self.stack.wait_until(lambda: self._is_in(job_id, states), seconds)
