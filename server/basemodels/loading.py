@@ -1,6 +1,7 @@
 """Loads tokenizers and causal language models from a local directory: safetensors only, never code of the model's own."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def load_causal_model(
     up; with `exact` also one that the architecture does not know.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
@@ -56,7 +57,7 @@ def load_causal_model(
         raise BaseModelRefused(
             "The model's directory holds no causal language model that can be loaded.", reason="MODEL_INVALID"
         ) from error
-    assert isinstance(model, PreTrainedModel)
+    model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
     if odd := sorted({*found["missing_keys"], *(found["unexpected_keys"] if exact else ())}):
         raise BaseModelRefused(f"The model's files and its architecture differ in {odd[0]}.", reason="MODEL_INVALID")
     model.to(device)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from torch.autograd import Function
 from torch.nn.functional import linear
@@ -21,7 +21,7 @@ from server.domain.techniques import Quantization
 BLOCK_SIZE = 64
 
 
-class QuantizedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no types
+class QuantizedLinear(Linear4bit):
     """A frozen linear layer in 4 bits. De-quantised for each pass; nothing of the weight's size is kept for the backward pass."""
 
     compute_dtype: torch.dtype
@@ -43,7 +43,7 @@ class QuantizedLinear(Linear4bit):  # type: ignore[misc]  # bitsandbytes has no 
 
     def dequantize(self) -> torch.Tensor:
         """Give the weight [O, I] in the compute type."""
-        return cast(torch.Tensor, dequantize_4bit(self.weight, self.weight.quant_state))
+        return dequantize_4bit(self.weight, self.quant_state)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute [..., I] to [..., O]."""

@@ -95,7 +95,7 @@ def try_result(artefact: Artefact, base_directory: Path, dtype: torch.dtype, dev
     ids = torch.tensor([golden], device=device)
     base = load_causal_model(base_directory, dtype=dtype, device=device)
     if quantization := artefact.description.get("quantization"):
-        dequantize_in_place(base, Quantization(quantization), bool(artefact.description.get("double_quantization")))
+        dequantize_in_place(base, Quantization(str(quantization)), bool(artefact.description.get("double_quantization")))
     with torch.no_grad():
         before = base(input_ids=ids, use_cache=False).logits.float()
         if artefact.description["kind"] == FullTrained.kind:
@@ -116,7 +116,7 @@ def try_result(artefact: Artefact, base_directory: Path, dtype: torch.dtype, dev
 def _check_adapter_consumed(model: PeftModel, weights: Path) -> None:
     """Compare every tensor of the file with what the model now holds under that name."""
     if model.active_peft_config.is_prompt_learning:
-        held = {"prompt_embeddings": model.prompt_encoder["default"].embedding.weight.detach()}
+        held = {"prompt_embeddings": model.get_parameter("prompt_encoder.default.embedding.weight").detach()}
     else:
         held = get_peft_model_state_dict(model, save_embedding_layers=False)
     with safe_open(weights, framework="pt") as file:

@@ -72,11 +72,11 @@ class FusedLoraLinear(LoraLinear):
         names = [name for name in self.active_adapters if name in self.lora_A]
         if args or kwargs or not self._is_plain(names) or not _is_frozen_linear(self.get_base_layer(), x):
             return super().forward(x, *args, **kwargs)
-        a = [self.lora_A[name].weight for name in names]
-        b = [self.lora_B[name].weight for name in names]
-        if len(names) > 1:  # an adapter and its frozen start
-            a, b = [torch.cat(a)], [torch.cat(b, dim=1)]
-        return _add_low_rank(x, self.get_base_layer(), a[0], b[0], self.scaling[names[0]])
+        downs = [cast(torch.Tensor, self.lora_A[name].weight) for name in names]
+        ups = [cast(torch.Tensor, self.lora_B[name].weight) for name in names]
+        several = len(names) > 1  # an adapter and its frozen start
+        down, up = (torch.cat(downs), torch.cat(ups, dim=1)) if several else (downs[0], ups[0])
+        return _add_low_rank(x, cast(nn.Linear, self.get_base_layer()), down, up, self.scaling[names[0]])
 
     def _is_plain(self, names: list[str]) -> bool:
         if self.disable_adapters or self.merged or not names or _drops(self, names):
@@ -94,10 +94,11 @@ class FusedSvdLinear(SVDLinear):
         base = self.get_base_layer()
         plain = len(names) == 1 and not (args or kwargs or self.disable_adapters or self.merged or _drops(self, names))
         if not plain or not _is_frozen_linear(base, x):
-            return cast(torch.Tensor, super().forward(x, *args, **kwargs))
+            return super().forward(x, *args, **kwargs)
         name = names[0]
         scaling = self.scaling[name] / (float(self.ranknum[name]) + 1e-5)  # as peft's
-        return _add_low_rank(x, base, self.lora_A[name] * self.lora_E[name], self.lora_B[name], scaling)
+        down = cast(torch.Tensor, self.lora_A[name] * self.lora_E[name])
+        return _add_low_rank(x, cast(nn.Linear, base), down, cast(torch.Tensor, self.lora_B[name]), scaling)
 
 
 class _RmsNormFunction(Function):

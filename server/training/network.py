@@ -44,9 +44,9 @@ class Network:
     def set_recomputing(self, on: bool) -> None:
         """Compute each layer's activations again in the backward pass instead of keeping them, or not (Chen et al. 2016)."""
         if on:
-            self._causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._causal.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]  # as below
         elif self._causal.is_activation_checkpointing:
-            self._causal.gradient_checkpointing_disable()
+            self._causal.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     def sum_loss(self, batch: MicroBatch) -> torch.Tensor:
         """Give the cross entropy summed over the batch's trained tokens, each times its weight (nats, float32 scalar)."""

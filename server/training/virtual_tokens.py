@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel, PeftType
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from server.training.batches import MicroBatch
 
@@ -23,7 +24,7 @@ class VirtualTokens:
     def __init__(self, model: PeftModel) -> None:
         self._model = model
         config = model.active_peft_config
-        self.count = int(config.num_virtual_tokens)  # type: ignore[attr-defined]  # prompt learning's configurations have it
+        self.count = int(config.num_virtual_tokens)
         self._as_prefix = config.peft_type is PeftType.PREFIX_TUNING
 
     @property
@@ -38,12 +39,14 @@ class VirtualTokens:
     def _pack_prefix(self, batch: MicroBatch) -> PackedInputs:
         cache = self._model.get_prompt(batch_size=1)
         assert isinstance(cache, DynamicCache)
-        prefixes = [(layer.keys, layer.values) for layer in cache.layers]
+        prefixes = [(layer.keys, layer.values) for layer in cache.layers if isinstance(layer, DynamicLayer)]
         arguments = {"input_ids": batch.token_ids[None], "position_ids": batch.positions[None] + self.count}
         return PackedInputs({**arguments, "record_lengths": batch.lengths, "record_prefixes": prefixes}, batch.predictors)
 
     def _pack_embeddings(self, batch: MicroBatch) -> PackedInputs:
-        embeddings = self._model.word_embeddings(batch.token_ids)
+        base = self._model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        embeddings: torch.Tensor = base.get_input_embeddings()(batch.token_ids)
         prompt = self._model.get_prompt(batch_size=1)[0].to(embeddings.dtype)
         records = torch.split(embeddings, list(batch.lengths))
         lengths = tuple(self.count + length for length in batch.lengths)

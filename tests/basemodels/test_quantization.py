@@ -63,7 +63,7 @@ def test_evaluating_changes_nothing_of_what_is_trained(directory: Path) -> None:
     quantize(model, Quantization.NF4, True)
     model.train()
     before = model(IDS).logits
-    model.eval()
+    model.train(False)
     with torch.no_grad():
         model(IDS)
     model.train()

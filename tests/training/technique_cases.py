@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from server.basemodels.loading import load_causal_model, load_tokenizer
 from server.basemodels.quantization import dequantize_in_place
 from server.basemodels.sources import ResolvedModel, SourceKind
+from server.datafiles.tokens import TokenizedRecords
 from server.domain.techniques import (
     AdaLora,
     FullTechnique,
@@ -30,7 +31,6 @@ from server.domain.techniques import (
 from server.storage.artefacts import Artefact, ArtefactStore
 from server.training.artefact import save_result
 from server.training.batches import MicroBatch, make_micro_batch
-from server.training.data import TokenizedRecords
 from server.training.network import Network
 from server.training.techniques.apply import apply_technique
 from server.training.techniques.trained import Trained
@@ -122,7 +122,8 @@ class Session:
         self.network.model.eval()
         if not self.network.packed:
             return self.network._logits_one_by_one(self.batch)
-        return self.network._head()(self.network._hide_packed(self.batch))
+        logits: torch.Tensor = self.network._head()(self.network._hide_packed(self.batch))
+        return logits
 
     def save(self, store: ArtefactStore, path: str, base: Path) -> Artefact:
         """Write the result."""
@@ -136,7 +137,7 @@ def logits_of_plain_libraries(artefact: Artefact, base: Path, batch: MicroBatch,
     model = AutoModelForCausalLM.from_pretrained(artefact.directory if artefact.description["kind"] == "model" else base, dtype=dtype)
     assert isinstance(model, PreTrainedModel)
     if quantization := artefact.description["quantization"]:
-        dequantize_in_place(model, Quantization(quantization), bool(artefact.description["double_quantization"]))
+        dequantize_in_place(model, Quantization(str(quantization)), bool(artefact.description["double_quantization"]))
     tuned = model if artefact.description["kind"] == "model" else PeftModel.from_pretrained(model, str(artefact.directory))
     tuned.eval()
     records = [tuned(input_ids=ids[None]).logits[0, -len(ids) :] for ids in torch.split(batch.token_ids, list(batch.lengths))]

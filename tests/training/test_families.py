@@ -10,7 +10,16 @@ from safetensors.torch import load_file, save_file
 from server.basemodels.errors import BaseModelRefused
 from server.basemodels.loading import load_causal_model, load_tokenizer
 from server.basemodels.rendering import PROBE, render
-from server.domain.techniques import FullTechnique, Ia3, LayerNormTuning, LoraTechnique, PrefixTuning, PromptTuning, QloraTechnique
+from server.domain.techniques import (
+    FullTechnique,
+    Ia3,
+    LayerNormTuning,
+    LoraTechnique,
+    PrefixTuning,
+    PromptTuning,
+    QloraTechnique,
+    Technique,
+)
 from server.storage.artefacts import ArtefactStore
 from server.training.artefact import try_result
 from tests.tiny_models import ALL_FAMILIES, build_tiny_causal_model
@@ -18,7 +27,7 @@ from tests.training.technique_cases import CASES, Session, logits_of_plain_libra
 
 # Families whose attention takes functions and whose scores and logits are not capped.
 PACKED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "phi3", "gpt_neox"}
-TECHNIQUES = {
+TECHNIQUES: dict[str, Technique] = {
     "full": FullTechnique(),
     "lora": LoraTechnique(rank=4),
     "qlora": QloraTechnique(LoraTechnique(rank=4)),
@@ -105,7 +114,5 @@ def test_a_weight_that_the_files_lack_is_not_made_up(tmp_path: Path) -> None:
 
 def test_every_technique_has_a_case() -> None:
     from typing import get_args
-
-    from server.domain.techniques import Technique
 
     assert {type(case) for case in CASES.values()} == set(get_args(Technique))

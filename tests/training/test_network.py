@@ -12,11 +12,11 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from server.basemodels.loading import load_causal_model
+from server.datafiles.tokens import TokenizedRecords
 from server.domain.jobs import JobFailure
 from server.domain.techniques import LoraTechnique
 from server.training.attention import MAX_EXPLICIT_TOKENS, attend_packed, attend_record
 from server.training.batches import MicroBatch, make_micro_batch
-from server.training.data import TokenizedRecords
 from server.training.loss import sum_cross_entropy, token_cross_entropies
 from server.training.network import Network
 from server.training.techniques.apply import apply_technique

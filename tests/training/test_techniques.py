@@ -96,7 +96,7 @@ def test_packed_and_fused_gradients_are_those_of_pefts_own_forward_pass(case: st
     assert got.keys() == expected.keys()
     assert max(float(gradient.abs().max()) for gradient in got.values()) > 1e-6
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import AdaLoraConfig
@@ -47,6 +48,12 @@ class AdaLoraTrained(Trained):
         return tuner
 
     @property
+    def _config(self) -> AdaLoraConfig:
+        config = self._tuner.peft_config[ADAPTER]
+        assert isinstance(config, AdaLoraConfig)
+        return config
+
+    @property
     def _allocator(self) -> RankAllocator:
         allocator = self._tuner.rankallocator
         assert isinstance(allocator, RankAllocator)
@@ -68,7 +75,7 @@ class AdaLoraTrained(Trained):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Give the averages of the ranks' effects, and which ranks are kept."""
-        kept: dict[str, list[bool]] = self._tuner.peft_config[ADAPTER].rank_pattern or {}
+        kept: dict[str, list[bool]] = self._config.rank_pattern or {}
         return {
             **{f"sensitivity/{name}": tensor for name, tensor in self._allocator.exp_avg_ipt.items()},
             **{f"uncertainty/{name}": tensor for name, tensor in self._allocator.exp_avg_unc.items()},
@@ -89,7 +96,7 @@ class AdaLoraTrained(Trained):
         allocator.exp_avg_ipt = {name: tensor.to(device) for name, tensor in sensitivity.items()}
         allocator.exp_avg_unc = {name: tensor.to(device) for name, tensor in uncertainty.items()}
         allocator.ipt = {name: torch.zeros_like(tensor) for name, tensor in allocator.exp_avg_ipt.items()}  # overwritten before it is read
-        self._tuner.peft_config[ADAPTER].rank_pattern = {name: mask.tolist() for name, mask in kept.items()} or None
+        self._config.rank_pattern = {name: mask.tolist() for name, mask in kept.items()} or None
 
     @torch.no_grad()
     def save(self, directory: Path) -> None:
@@ -97,10 +104,10 @@ class AdaLoraTrained(Trained):
         layers = {}
         for name, layer in self.peft.get_base_model().named_modules():
             if isinstance(layer, SVDLinear):
-                values = layer.lora_E[ADAPTER]
+                down, values, up = (cast(torch.Tensor, part[ADAPTER]) for part in (layer.lora_A, layer.lora_E, layer.lora_B))
                 left = torch.nonzero(values[:, 0])[:, 0]
                 scaling = layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)  # as in peft's forward pass
-                layers[name] = Factors((layer.lora_A[ADAPTER] * values)[left], layer.lora_B[ADAPTER][:, left] * scaling)
+                layers[name] = Factors((down * values)[left], up[:, left] * scaling)
         write_plain_lora(directory, layers, self.peft.peft_config[ADAPTER].base_model_name_or_path)
         save_file({name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}, directory / PARAMETERS_NAME)
 

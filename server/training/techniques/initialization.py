@@ -1,6 +1,6 @@
 """Where an adapter's factors start: from the weights' own structure, from the error of 4 bits, or from the data."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -43,11 +43,12 @@ class InputSketch:
 
     def directions(self) -> torch.Tensor:
         """Give the first `rank` directions, [R, I], orthonormal; fewer inputs than ranks leave directions of no variance."""
-        return torch.linalg.svd(self._sketch, full_matrices=False).Vh[: self._rank]
+        directions: torch.Tensor = torch.linalg.svd(self._sketch, full_matrices=False).Vh[: self._rank]
+        return directions
 
 
 @contextmanager
-def watch_inputs(layers: dict[str, nn.Module], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def watch_inputs(layers: Mapping[str, nn.Module], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Hand the inputs of layers to `take` while the context lasts."""
     handles = [layer.register_forward_pre_hook(lambda _, arguments, name=name: take(name, arguments[0])) for name, layer in layers.items()]
     try:

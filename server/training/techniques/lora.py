@@ -6,10 +6,11 @@ frozen adapter, which is the same function, exact in any type, and a plain LoRA 
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, LoraModel, PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,50 +55,63 @@ def train_lora(model: PreTrainedModel, technique: LoraTechnique, probe: Probe, s
     return Trained(adapted)
 
 
-def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+def lora_layers(model: PeftModel) -> dict[str, LoraLinear]:
     """Give the layers with adapters, named as in the base model."""
-    return {name: layer for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)}
+    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLinear)}
+
+
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """Give the model that the adapters are in."""
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def _factors_of(layer: LoraLinear, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give an adapter's factors, [R, I] and [O, R]."""
+    return cast(torch.Tensor, layer.lora_A[adapter].weight), cast(torch.Tensor, layer.lora_B[adapter].weight)
 
 
 @torch.no_grad()
-def set_factors(layer: LoraLayer, factors: Factors, adapter: str = ADAPTER, sign: float = 1.0) -> None:
+def set_factors(layer: LoraLinear, factors: Factors, adapter: str = ADAPTER, sign: float = 1.0) -> None:
     """Let an adapter of the layer be these factors, `up` times `sign`; directions that they lack stay as they are."""
     rank = len(factors.down)
-    layer.lora_A[adapter].weight[:rank].copy_(factors.down)
-    layer.lora_B[adapter].weight[:, :rank].copy_(factors.up * sign)
+    down, up = _factors_of(layer, adapter)
+    down[:rank].copy_(factors.down)
+    up[:, :rank].copy_(factors.up * sign)
 
 
 def start_from_inputs(model: PeftModel, rank: int, batches: Sequence[MicroBatch], seed: int) -> None:
     """Let the first factors read the directions in which each layer's inputs vary most (EVA), at the same rank everywhere."""
     layers = lora_layers(model)
     generator = torch.Generator().manual_seed(seed)
-    sketches = {name: InputSketch(rank, layer.in_features, generator) for name, layer in layers.items()}
+    sketches = {name: InputSketch(rank, cast(int, layer.in_features), generator) for name, layer in layers.items()}
     was_training = model.training
     model.eval()
-    with torch.no_grad(), watch_inputs(dict(layers), lambda name, inputs: sketches[name].add(inputs)):
+    with torch.no_grad(), watch_inputs(layers, lambda name, inputs: sketches[name].add(inputs)):
         for batch in batches:
             for ids in torch.split(batch.token_ids, list(batch.lengths)):
-                model.get_base_model().base_model(input_ids=ids[None], use_cache=False)
+                base_of(model).base_model(input_ids=ids[None], use_cache=False)
     model.train(was_training)
     if batches:
         for name, layer in layers.items():
             directions = sketches[name].directions()
             with torch.no_grad():
-                layer.lora_A[ADAPTER].weight[: len(directions)].copy_(directions)
+                _factors_of(layer, ADAPTER)[0][: len(directions)].copy_(directions)
 
 
 def _start_from_weights(model: PeftModel, technique: LoraTechnique, factor: Callable[[torch.Tensor, float], Factors]) -> Trained:
     model.add_adapter(START, make_config(technique))
     for layer in lora_layers(model).values():
         layer.lora_dropout[START] = nn.Identity()
-        base = layer.get_base_layer()
-        factors = factor(base.weight, layer.scaling[ADAPTER])
+        factors = factor(cast(torch.Tensor, layer.get_base_layer().weight), layer.scaling[ADAPTER])
         set_factors(layer, factors)
         set_factors(layer, factors, START, sign=-1.0)
         if len(factors.down) < technique.rank:  # a layer with fewer inputs or outputs than ranks
             with torch.no_grad():
-                layer.lora_A[START].weight[len(factors.down) :].copy_(layer.lora_A[ADAPTER].weight[len(factors.down) :])
-    model.base_model.set_adapter([ADAPTER, START])
+                rest = slice(len(factors.down), None)
+                _factors_of(layer, START)[0][rest].copy_(_factors_of(layer, ADAPTER)[0][rest])
+    cast(LoraModel, model.base_model).set_adapter([ADAPTER, START])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(f".{ADAPTER}." in name and "lora_" in name)
     return StartedFromWeights(model)
@@ -127,9 +141,8 @@ class StartedFromWeights(Trained):
         """Write the difference as plain LoRA, and adapter and start beside it."""
         layers = {}
         for name, layer in lora_layers(self.peft).items():
-            down = torch.cat([layer.lora_A[adapter].weight for adapter in (ADAPTER, START)])
-            up = torch.cat([layer.lora_B[adapter].weight * layer.scaling[adapter] for adapter in (ADAPTER, START)], dim=1)
-            layers[name] = Factors(down.detach(), up.detach())
+            downs, ups = zip(*(_factors_of(layer, adapter) for adapter in (ADAPTER, START)), strict=True)
+            layers[name] = Factors(torch.cat(downs).detach(), torch.cat(ups, dim=1).detach() * layer.scaling[ADAPTER])
         write_plain_lora(directory, layers, self.peft.peft_config[ADAPTER].base_model_name_or_path)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._all().items()}, directory / PARAMETERS_NAME)
 

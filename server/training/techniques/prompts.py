@@ -24,8 +24,13 @@ def train_prompt(model: PreTrainedModel, technique: PromptTuning, tokenizer: Pre
     )
     adapted = _add_prompt(model, config)
     with torch.no_grad():
-        _embedding_of(adapted).copy_(adapted.word_embeddings(ids.to(model.device)))
+        _embedding_of(adapted).copy_(_embed(model, ids))
     return Trained(adapted)
+
+
+def _embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    embeddings: torch.Tensor = model.get_input_embeddings()(ids.to(model.device))
+    return embeddings
 
 
 def _choose_tokens(model: PreTrainedModel, technique: PromptTuning, tokenizer: PreTrainedTokenizerBase | None, seed: int) -> torch.Tensor:
@@ -93,6 +98,6 @@ def _add_prompt(model: PreTrainedModel, config: PromptTuningConfig | PromptEncod
 
 
 def _embedding_of(model: PeftModel) -> nn.Parameter:
-    weight = model.prompt_encoder["default"].embedding.weight
+    weight = model.get_parameter("prompt_encoder.default.embedding.weight")
     assert isinstance(weight, nn.Parameter)
     return weight
