@@ -1,4 +1,4 @@
-"""Rows of documents with their texts, chunks and vectors, and the exact search over them."""
+"""Rows of documents with their texts, chunks, vectors and terms, and the search over them."""
 
 import hashlib
 import math
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from psycopg import DataError as DataException
-from sqlalchemy import ColumnElement, Double, Row, cast, delete, func, insert, select
+from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.tables import HalfVector, chunk_vectors, chunks, documents
+from server.db.search import build_search
+from server.db.tables import chunk_vectors, chunks, documents
+from server.db.terms import delete_terms, insert_terms
 from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, MODEL, is_id
-from server.domain.retrieval import Chunk, RetrievedChunk, Scores
+from server.domain.retrieval import Chunk, RetrievedChunk, Scores, Search
 from server.services.ports import Page
 
-# Rounding aside, no similarity is above 1. The bound keeps NaN out, which PostgreSQL sorts above every number.
-MAX_SIMILARITY = 2.0
 FLOAT16_BYTES = 2
 DATA_EXCEPTION = "22000"  # pgvector: the dimensions differ
 _LISTED = [column for column in documents.c if column.name != "text"]
@@ -64,30 +64,44 @@ class PostgresDocuments:
         return [document_from_row(row) for row in await self._connection.execute(query)]
 
     async def delete(self, model_id: str, document_id: str) -> None:
-        """Remove a document with its chunks and vectors, at once. Raises NotFound."""
-        result = await self._connection.execute(delete(documents).where(*self._own(model_id, document_id)))
-        if not result.rowcount:
+        """Remove a document with its chunks, vectors and terms, at once. Raises NotFound."""
+        mine = self._own(model_id, document_id)
+        # Locked first: a job that writes its chunks meanwhile would leave their terms counted.
+        if await self._connection.scalar(select(documents.c.document_id).where(*mine).with_for_update()) is None:
             raise NotFound.of("document", document_id)
+        await delete_terms(self._connection, self._organization, model_id, document_id)
+        await self._connection.execute(delete(documents).where(*mine))
 
-    async def search(self, model_id: str, vector: Sequence[float], top_k: int, similarity_threshold: float) -> Sequence[RetrievedChunk]:
-        """Give the chunks most similar to a unit vector, best first, none below the threshold (`1 - cosine distance`).
+    async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
+        """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared.
 
-        Every vector of the model is compared: the result is exact. Raises InvalidInput for numbers that are none, FailedPrecondition
+        Every vector of the model is compared: that leg is exact. Raises InvalidInput for numbers that are none, FailedPrecondition
         for a vector of another dimension.
         """
-        if not is_id(model_id, MODEL) or top_k < 1:
+        if not is_id(model_id, MODEL) or search.settings.top_k < 1:
             return []
-        if not all(map(math.isfinite, vector)):
+        if not all(map(math.isfinite, search.vector)):
             raise InvalidInput("The query's vector has numbers that are not finite.", reason="EMBEDDING_NOT_FINITE")
-        query = build_search(self._organization, model_id, vector, top_k, similarity_threshold)
+        statement, parameters = build_search(self._organization, model_id, search)
         try:
-            return [_retrieved_from_row(row) for row in await self._connection.execute(query)]
+            return [_retrieved_from_row(row) for row in await self._connection.execute(statement, parameters)]
         except DBAPIError as error:
             if isinstance(error.orig, DataException) and error.orig.sqlstate == DATA_EXCEPTION:
                 raise FailedPrecondition(
-                    f"The model's vectors do not have {len(vector)} numbers each.", reason="EMBEDDING_DIMENSION_MISMATCH"
+                    f"The model's vectors do not have {len(search.vector)} numbers each.", reason="EMBEDDING_DIMENSION_MISMATCH"
                 ) from error
             raise
+
+    async def list_unknown_keys(self, model_id: str, keys: Sequence[str]) -> Sequence[str]:
+        """Give those of the keys that no indexed document's metadata has; none where no document is indexed. Reads every document."""
+        if not is_id(model_id, MODEL):
+            return []
+        mine = (documents.c.organization == self._organization, documents.c.model_id == model_id)
+        known = select(*(func.bool_or(func.jsonb_exists(documents.c.metadata, key)) for key in keys)).where(
+            *mine, documents.c.state == DocumentState.INDEXED
+        )
+        row = (await self._connection.execute(known)).one()
+        return [key for key, is_known in zip(keys, row, strict=True) if is_known is False]
 
     def _own(self, model_id: str, document_id: str) -> tuple[ColumnElement[bool], ...]:
         if not is_id(model_id, MODEL) or not is_id(document_id, DOCUMENT):
@@ -95,36 +109,16 @@ class PostgresDocuments:
         return documents.c.organization == self._organization, documents.c.model_id == model_id, documents.c.document_id == document_id
 
 
-def build_search(organization: str, model_id: str, vector: Sequence[float], top_k: int, similarity_threshold: float) -> Any:
-    """Build the one statement of a search: the nearest vectors first, then their texts, titles and metadata."""
-    asked = cast("[" + ",".join(map(repr, vector)) + "]", HalfVector)
-    distance: ColumnElement[float] = chunk_vectors.c.embedding.op("<=>", return_type=Double())(asked)
-    mine = (documents.c.organization == organization, documents.c.model_id == model_id)
-    indexed = select(documents.c.document_id).where(*mine, documents.c.state == DocumentState.INDEXED)
-    key = (chunk_vectors.c.document_id, chunk_vectors.c.position)
-    scan = select(*key, (1 - distance).label("similarity")).where(
-        chunk_vectors.c.organization == organization, chunk_vectors.c.model_id == model_id, chunk_vectors.c.document_id.in_(indexed)
-    )
-    # The threshold after the limit: below it lie the last ones only, and each distance is computed once.
-    nearest = scan.order_by(distance, *key).limit(top_k).subquery("nearest")
-    of_chunk = (chunks.c.document_id == nearest.c.document_id) & (chunks.c.position == nearest.c.position)
-    of_document = documents.c.document_id == nearest.c.document_id
-    return (
-        select(chunks, documents.c.title, documents.c.metadata, nearest.c.similarity)
-        .select_from(nearest)
-        .join(chunks, of_chunk & (chunks.c.organization == organization) & (chunks.c.model_id == model_id))
-        .join(documents, of_document & mine[0] & mine[1])
-        .where(nearest.c.similarity.between(similarity_threshold, MAX_SIMILARITY))
-        .order_by(nearest.c.similarity.desc(), nearest.c.document_id, nearest.c.position)
-    )
-
-
 async def replace_chunks(
     connection: AsyncConnection, organization: str, model_id: str, document_id: str, new: Sequence[Chunk], vectors: bytes, dimension: int
 ) -> None:
-    """Write a document's chunks and vectors (little-endian float16, [chunks, dimension]) in place of those it had. Raises InvalidInput."""
+    """Write a document's chunks, their terms and vectors (little-endian float16, [chunks, dimension]) in place of those it had.
+
+    Raises InvalidInput.
+    """
     if len(vectors) != len(new) * dimension * FLOAT16_BYTES or (new and dimension < 1):
         raise InvalidInput(f"{len(vectors)} bytes are not {len(new)} vectors of {dimension} float16 numbers.")
+    await delete_terms(connection, organization, model_id, document_id)
     for table in (chunk_vectors, chunks):
         of_document = (table.c.organization == organization, table.c.model_id == model_id, table.c.document_id == document_id)
         await connection.execute(delete(table).where(*of_document))
@@ -137,6 +131,7 @@ async def replace_chunks(
         key | {"position": chunk.position, "embedding": f"[{','.join(map(repr, row))}]"} for chunk, row in zip(new, rows, strict=True)
     ]
     await connection.execute(insert(chunk_vectors), embedded)
+    await insert_terms(connection, organization, model_id, document_id, new)
 
 
 def document_from_row(row: Row[Any]) -> Document:
@@ -187,4 +182,4 @@ def _describe_chunk(chunk: Chunk) -> dict[str, Any]:
 
 def _retrieved_from_row(row: Row[Any]) -> RetrievedChunk:
     chunk = Chunk(row.chunk_id, row.position, row.text, row.char_start, row.char_end, row.token_count, row.page)
-    return RetrievedChunk(chunk, row.document_id, row.title, Scores(similarity=row.similarity), row.metadata)
+    return RetrievedChunk(chunk, row.document_id, row.title, Scores(row.similarity, row.lexical, row.fused), row.metadata)

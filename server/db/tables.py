@@ -23,7 +23,7 @@ from sqlalchemy import (
     literal_column,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import UserDefinedType
 
 from server.domain.jobs import HELD_STATES, TERMINAL_STATES
@@ -49,6 +49,20 @@ class HalfVector(UserDefinedType[str]):
     def get_col_spec(self, **_: object) -> str:
         """Name the type in SQL."""
         return "halfvec"
+
+    def bind_processor(self, dialect: object) -> Callable[[Any], Any] | None:
+        """Send texts as they are."""
+        return None
+
+
+class SparseVector(UserDefinedType[str]):
+    """pgvector's sparsevec: float32 numbers by their places. Values travel as text: `{1:0.5,7:-0.25}/10`."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type in SQL."""
+        return "sparsevec"
 
     def bind_processor(self, dialect: object) -> Callable[[Any], Any] | None:
         """Send texts as they are."""
@@ -339,6 +353,35 @@ chunk_vectors = Table(
     Column("embedding", HalfVector, nullable=False),
     PrimaryKeyConstraint("organization", "model_id", "document_id", "position"),
     _of_document("chunk_vectors_of_document"),
+)
+
+# What the lexical search compares: the words that find a chunk in a large collection, and the weights of all its terms.
+chunk_terms = Table(
+    "chunk_terms",
+    metadata,
+    _id("organization"),
+    _id("model_id"),
+    _id("document_id"),
+    _number("position"),
+    Column("words", ARRAY(BigInteger), nullable=False),
+    Column("weights", SparseVector, nullable=False),
+    PrimaryKeyConstraint("organization", "model_id", "document_id", "position"),
+    _of_document("chunk_terms_of_document"),
+    Index("chunk_terms_by_word", "words", postgresql_using="gin"),
+)
+
+# In how many of a model's chunks a term stands; term 0 stands in all of them.
+term_counts = Table(
+    "term_counts",
+    metadata,
+    _id("organization"),
+    _id("model_id"),
+    _number("term"),
+    _number("chunk_count"),
+    PrimaryKeyConstraint("organization", "model_id", "term"),
+    ForeignKeyConstraint(
+        ["organization", "model_id"], ["models.organization", "models.model_id"], name="term_counts_of_model", ondelete="CASCADE"
+    ),
 )
 
 requests = Table(

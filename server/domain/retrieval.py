@@ -1,6 +1,6 @@
 """Retrieval: how documents are cut and searched, what comes back, and what an answer cites."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -24,6 +24,21 @@ class Chunking:
 
 
 @dataclass(frozen=True, slots=True)
+class MetadataCondition:
+    """What a document's metadata must hold under a key. Exactly one test is set; of a range, one bound or both, of one type."""
+
+    key: str
+    equals: MetadataValue | None = None
+    any_of: tuple[MetadataValue, ...] = ()
+    at_least: int | float | str | None = None
+    at_most: int | float | str | None = None
+    exists: bool | None = None
+
+
+MetadataFilter = tuple[MetadataCondition, ...]  # all must hold
+
+
+@dataclass(frozen=True, slots=True)
 class RetrievalSettings:
     """A model's search defaults. similarity_threshold applies to `1 - cosine distance` (-1 to 1) only."""
 
@@ -31,6 +46,9 @@ class RetrievalSettings:
     similarity_threshold: float = 0.3
     search_mode: SearchMode = SearchMode.DENSE
     max_context_tokens: int = 0
+    dense_weight: float = 1.0
+    lexical_weight: float = 1.0
+    filter: MetadataFilter = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +59,27 @@ class RetrievalOverrides:
     similarity_threshold: float | None = None
     search_mode: SearchMode | None = None
     max_context_tokens: int | None = None
+    dense_weight: float | None = None
+    lexical_weight: float | None = None
+    filter: MetadataFilter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTerm:
+    """A term that is searched for, by its number, and how much it counts. Words are stems; the others are n-grams."""
+
+    number: int
+    boost: float
+    is_word: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """A search as the database runs it: the settings, and the query as a unit vector (not for LEXICAL) and as terms (not for DENSE)."""
+
+    settings: RetrievalSettings
+    vector: Sequence[float] = ()
+    terms: Sequence[QueryTerm] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,10 @@ from server.domain.generation import (
     TokenUsage,
 )
 from server.domain.models import ModelState, RagConfiguration
-from server.domain.retrieval import Citation, RetrievalSettings, RetrievedChunk
+from server.domain.retrieval import Citation, MetadataFilter, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.citations import cite_answer
-from server.services.ports import Database, Engine
+from server.services.lexical.analysis import analyse_query
+from server.services.ports import Database, Engine, Transaction
 from server.services.rag_models import merge_retrieval
 from server.services.rag_prompt import build_messages, count_fitting, format_source, say_nothing_found
 from server.services.references import References
@@ -153,11 +154,17 @@ class RagAnswers:
         return model.rag
 
     async def _search(self, organization: str, model_id: str, query: str, rag: RagConfiguration, settings: RetrievalSettings) -> Retrieved:
+        _check_weights(settings)
         start = time.perf_counter()
-        vector = (await self._engine.embed(rag.embedding_model, [query], EmbedRole.QUERY))[0]
+        vector: Sequence[float] = ()
+        if settings.search_mode is not SearchMode.LEXICAL:
+            vector = (await self._engine.embed(rag.embedding_model, [query], EmbedRole.QUERY))[0]
         embedded = time.perf_counter()
+        search = Search(settings, vector, analyse_query(query) if settings.search_mode is not SearchMode.DENSE else ())
         async with self._database.transaction(organization) as transaction:
-            chunks = await transaction.documents.search(model_id, vector, settings.top_k, settings.similarity_threshold)
+            chunks = await transaction.documents.search(model_id, search)
+            if not chunks and settings.filter:
+                await _check_filter(transaction, model_id, settings.filter)
         end = time.perf_counter()
         return Retrieved(chunks, settings, RetrievalTimings(embedded - start, end - embedded, end - start))
 
@@ -191,6 +198,24 @@ def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: R
         Delta(say_nothing_found(request.query)),
         RagFinished(FinishReason.STOP, TokenUsage(0, 0), nothing, request.model_id, generator, (), 0, grounded=False),
     ]
+
+
+def _check_weights(settings: RetrievalSettings) -> None:
+    if settings.search_mode is SearchMode.HYBRID and not settings.dense_weight and not settings.lexical_weight:
+        found = Violations()
+        found.add("retrieval.dense_weight", "must not be 0 where lexical_weight is 0 too: nothing would be searched")
+        found.raise_if_any()
+
+
+async def _check_filter(transaction: Transaction, model_id: str, where: MetadataFilter) -> None:
+    """Refuse keys that no document has, where nothing was found: most likely they are misspelt. Asking whether a key exists is fine."""
+    keys = [condition.key for condition in where if condition.exists is None]
+    unknown = set(await transaction.documents.list_unknown_keys(model_id, keys)) if keys else set()
+    found = Violations()
+    for place, condition in enumerate(where):
+        if condition.exists is None and condition.key in unknown:
+            found.add(f"retrieval.filter.conditions[{place}].key", f"no document of this model has {condition.key!r} in its metadata")
+    found.raise_if_any()
 
 
 def _check_query(found: Violations, model_id: str, query: str) -> None:

@@ -10,7 +10,7 @@ from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
-from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSettings
+from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.domain.specs import IndexSpec
 from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
@@ -108,7 +108,18 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
         similarity_threshold=settings.similarity_threshold if asked.similarity_threshold is None else asked.similarity_threshold,
         search_mode=asked.search_mode or settings.search_mode,
         max_context_tokens=settings.max_context_tokens if asked.max_context_tokens is None else asked.max_context_tokens,
+        dense_weight=settings.dense_weight if asked.dense_weight is None else asked.dense_weight,
+        lexical_weight=settings.lexical_weight if asked.lexical_weight is None else asked.lexical_weight,
+        filter=settings.filter if asked.filter is None else asked.filter,
     )
+
+
+def default_retrieval(embedding_model: str) -> RetrievalSettings:
+    """Give the settings of a model that says nothing: one whose embeddings were never trained to retrieve also searches by words."""
+    known = find_embedding_model(embedding_model)
+    if known is None or known.tuned_for_retrieval:
+        return RetrievalSettings()
+    return RetrievalSettings(search_mode=SearchMode.HYBRID)
 
 
 def _check_plain(found: Violations, request: CreateRagModel) -> None:
@@ -163,7 +174,7 @@ def _new_model(request: CreateRagModel, generator: str, base_model: str, embeddi
         rag=RagConfiguration(
             generator_model_id=generator,
             embedding_model=embedding_model,
-            retrieval=merge_retrieval(RetrievalSettings(), request.retrieval),
+            retrieval=merge_retrieval(default_retrieval(embedding_model), request.retrieval),
             chunking=Chunking(request.max_chunk_tokens or 0, overlap),
             prompt_template=request.prompt_template,
         ),

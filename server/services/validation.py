@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from server.domain.errors import FieldViolation, InvalidInput
 from server.domain.generation import ChatMessage, GenerationParameters, Role
-from server.domain.retrieval import RetrievalOverrides, SearchMode
+from server.domain.retrieval import MetadataFilter, RetrievalOverrides
 
 Number = TypeVar("Number", int, float)
 
@@ -23,6 +23,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TOP_K = 1_000
 MAX_CONTEXT_TOKENS = 131_072
+MAX_WEIGHT = 100
+MAX_CONDITIONS = 32
+MAX_KEY_CHARACTERS = 128
+MAX_VALUE_CHARACTERS = 10_000
 MAX_SEED = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_SEQUENCE = 2**31 - 1  # of an event in a job's log
@@ -128,5 +132,28 @@ def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: st
     found.number(f"{prefix}top_k", retrieval.top_k, 1, MAX_TOP_K)
     found.number(f"{prefix}similarity_threshold", retrieval.similarity_threshold, -1, 1)
     found.number(f"{prefix}max_context_tokens", retrieval.max_context_tokens, 1, MAX_CONTEXT_TOKENS)
-    if retrieval.search_mode in (SearchMode.LEXICAL, SearchMode.HYBRID):
-        found.add(f"{prefix}search_mode", f"{retrieval.search_mode.value} is not available in this version; use DENSE")
+    found.number(f"{prefix}dense_weight", retrieval.dense_weight, 0, MAX_WEIGHT)
+    found.number(f"{prefix}lexical_weight", retrieval.lexical_weight, 0, MAX_WEIGHT)
+    if retrieval.filter is not None:
+        _check_filter(found, retrieval.filter, f"{prefix}filter.conditions")
+
+
+def _check_filter(found: Violations, where: MetadataFilter, field: str) -> None:
+    if not 1 <= len(where) <= MAX_CONDITIONS:
+        found.add(field, f"must be 1 to {MAX_CONDITIONS}, not {len(where)}")
+        return
+    for place, condition in enumerate(where):
+        here = f"{field}[{place}]"
+        found.text(f"{here}.key", condition.key, MAX_KEY_CHARACTERS, least=1)
+        values = {
+            "equals": [condition.equals],
+            "any_of": condition.any_of,
+            "range.at_least": [condition.at_least],
+            "range.at_most": [condition.at_most],
+        }
+        for name, given in values.items():
+            for value in given:
+                if isinstance(value, str):
+                    found.text(f"{here}.{name}", value, MAX_VALUE_CHARACTERS)
+                elif isinstance(value, float) and not math.isfinite(value):
+                    found.add(f"{here}.{name}", "must be finite")

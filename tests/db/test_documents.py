@@ -14,7 +14,7 @@ from server.domain.documents import DocumentState, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, MODEL, new_id
 from server.domain.models import Model
-from server.domain.retrieval import RetrievedChunk
+from server.domain.retrieval import RetrievalSettings, RetrievedChunk, Search
 from server.services.ports import Lease, Page
 from tests.db.samples import ORGANIZATION, add_documents, add_model, make_chunks, make_rag_model, make_vectors, read_model, start_job
 
@@ -23,7 +23,8 @@ Vectors = NDArray[numpy.float16]
 
 async def _search(database: PostgresDatabase, model: Model, vector: Vectors, top_k: int, least: float) -> list[RetrievedChunk]:
     async with database.transaction(ORGANIZATION) as transaction:
-        return list(await transaction.documents.search(model.model_id, [float(number) for number in vector], top_k, least))
+        settings = RetrievalSettings(top_k=top_k, similarity_threshold=least)
+        return list(await transaction.documents.search(model.model_id, Search(settings, [float(number) for number in vector])))
 
 
 async def _index(
@@ -169,7 +170,7 @@ async def test_a_query_that_is_no_vector_is_refused(database: PostgresDatabase, 
     model, _, _ = await _index(database, queue, make_vectors(1), 1)
     with pytest.raises(InvalidInput):
         async with database.transaction(ORGANIZATION) as transaction:
-            await transaction.documents.search(model.model_id, [number] * 8, 5, 0.0)
+            await transaction.documents.search(model.model_id, Search(RetrievalSettings(), [number] * 8))
 
 
 async def test_a_query_of_zeros_finds_nothing(database: PostgresDatabase, queue: PostgresJobQueue) -> None:

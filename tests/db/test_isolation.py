@@ -13,6 +13,8 @@ from server.domain.errors import NotFound
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.jobs import Job, JobState
 from server.domain.models import Model
+from server.domain.retrieval import RetrievalSettings, Search, SearchMode
+from server.services.lexical.analysis import analyse_query
 from server.services.ports import IssuedRequest, JobFilter, ModelFilter, Page
 from tests.db.samples import (
     ORGANIZATION,
@@ -84,7 +86,11 @@ CALLS: dict[str, Call] = {
     "documents.get": lambda mine, theirs: mine.documents.get(theirs.rag.model_id, theirs.document_id),
     "documents.list": lambda mine, theirs: mine.documents.list(theirs.rag.model_id, Page(10)),
     "documents.delete": lambda mine, theirs: mine.documents.delete(theirs.rag.model_id, theirs.document_id),
-    "documents.search": lambda mine, theirs: mine.documents.search(theirs.rag.model_id, [1.0] * 8, 10, -1.0),
+    "documents.search": lambda mine, theirs: mine.documents.search(
+        theirs.rag.model_id,
+        Search(RetrievalSettings(10, -1.0, SearchMode.HYBRID), [1.0] * 8, analyse_query("theirs")),
+    ),
+    "documents.list_unknown_keys": lambda mine, theirs: mine.documents.list_unknown_keys(theirs.rag.model_id, ["nowhere"]),
     "requests.find": lambda mine, theirs: mine.requests.find("Create", "r1"),
 }
 # These add rows of one's own and read nothing.

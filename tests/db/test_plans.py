@@ -17,6 +17,7 @@ from server.domain.events import StateChanged
 from server.domain.ids import DATASET, DOCUMENT, JOB, MODEL
 from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
+from server.domain.retrieval import QueryTerm, RetrievalSettings, Search, SearchMode
 from server.services.codec import LOGGED_PAYLOAD, SPEC
 from server.services.ports import JobFilter, Lease, ModelFilter, Page
 from tests.db.samples import LIMITS, make_job, make_model, make_step
@@ -56,6 +57,9 @@ INSERT INTO documents SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), 'doc_' ||
     CASE WHEN d > 90 THEN 'PENDING' ELSE 'INDEXED' END, 4, 4, 'x', 1, '', now() FROM generate_series(1, 100) n, generate_series(1, 100) d;
 INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL FROM documents WHERE state = 'INDEXED';
 INSERT INTO chunk_vectors SELECT organization, model_id, document_id, position, '[1,0,0]' FROM chunks;
+INSERT INTO chunk_terms SELECT organization, model_id, document_id, position, '{{1}}', '{{1:1}}/1000000000' FROM chunks;
+INSERT INTO term_counts SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), term, 90
+    FROM generate_series(1, 100) n, generate_series(0, 100) term;
 INSERT INTO requests SELECT 'org' || o, 'Create', 'r' || n, 'x', '{{}}', now() FROM generate_series(1, 20) o, generate_series(1, 200) n;
 """
 
@@ -115,6 +119,10 @@ async def _list_speeds(transaction: PostgresTransaction) -> bool:
     return not await transaction.jobs.list_speeds(5)  # none of these jobs has trained a token
 
 
+def _make_search(mode: SearchMode) -> Search:
+    return Search(RetrievalSettings(5, 0.1, mode), [1.0, 0.0, 0.0], [QueryTerm(1, 1.0, True), QueryTerm(2, 0.5, False)])
+
+
 Call = Callable[[PostgresTransaction], Awaitable[object]]
 QUERIES: dict[str, tuple[set[str], Call]] = {
     "a model": ({"models_pkey"}, lambda t: t.models.get(MODEL_ID, lock=True)),
@@ -143,7 +151,16 @@ QUERIES: dict[str, tuple[set[str], Call]] = {
     "datasets": ({"datasets_pkey"}, lambda t: t.datasets.list(Page(10, DATASET_ID))),
     "a document": ({"documents_pkey"}, lambda t: t.documents.get(MODEL_ID, DOCUMENT_ID)),
     "documents": ({"documents_pkey"}, lambda t: t.documents.list(MODEL_ID, Page(10, DOCUMENT_ID), DocumentState.INDEXED)),
-    "a search": ({"chunk_vectors_pkey"}, lambda t: t.documents.search(MODEL_ID, [1.0, 0.0, 0.0], 5, 0.1)),
+    "a search by vectors": ({"chunk_vectors_pkey"}, lambda t: t.documents.search(MODEL_ID, _make_search(SearchMode.DENSE))),
+    "a search by words": (
+        {"chunk_terms_pkey", "chunk_terms_by_word", "term_counts_pkey"},
+        lambda t: t.documents.search(MODEL_ID, _make_search(SearchMode.LEXICAL)),
+    ),
+    "a search by both": (
+        {"chunk_vectors_pkey", "chunk_terms_pkey", "chunk_terms_by_word", "term_counts_pkey", "chunks_pkey"},
+        lambda t: t.documents.search(MODEL_ID, _make_search(SearchMode.HYBRID)),
+    ),
+    "unknown keys of metadata": ({"documents_pkey"}, lambda t: t.documents.list_unknown_keys(MODEL_ID, ["nowhere"])),
     "a request": ({"requests_pkey"}, lambda t: t.requests.find("Create", "r7")),
 }
 

@@ -6,7 +6,7 @@ import pytest
 
 from server.domain.errors import InvalidInput
 from server.domain.generation import ChatMessage, GenerationParameters, Role
-from server.domain.retrieval import RetrievalOverrides, SearchMode
+from server.domain.retrieval import MetadataCondition, RetrievalOverrides
 from server.domain.specs import Objective, ParametersRequest
 from server.domain.techniques import FullTechnique, LoraTechnique, Technique
 from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
@@ -74,8 +74,26 @@ def test_turns_out_of_order_are_refused(roles: list[Role]) -> None:
 
 def test_search_settings_out_of_range_are_refused() -> None:
     found = Violations()
-    check_retrieval(found, RetrievalOverrides(top_k=0, similarity_threshold=2, search_mode=SearchMode.LEXICAL, max_context_tokens=0))
-    assert fields_of(found) == [f"retrieval.{name}" for name in ("top_k", "similarity_threshold", "max_context_tokens", "search_mode")]
+    bad = RetrievalOverrides(top_k=0, similarity_threshold=2, max_context_tokens=0, dense_weight=-1, lexical_weight=math.nan, filter=())
+    check_retrieval(found, bad)
+    names = ("top_k", "similarity_threshold", "max_context_tokens", "dense_weight", "lexical_weight", "filter.conditions")
+    assert fields_of(found) == [f"retrieval.{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("condition", "field"),
+    [
+        (MetadataCondition(" ", exists=True), "key"),
+        (MetadataCondition("k" * 129, exists=True), "key"),
+        (MetadataCondition("k", equals="\0"), "equals"),
+        (MetadataCondition("k", any_of=("a", "\ud800")), "any_of"),
+        (MetadataCondition("k", at_least=math.inf), "range.at_least"),
+    ],
+)
+def test_conditions_that_the_database_cannot_ask_are_refused(condition: MetadataCondition, field: str) -> None:
+    found = Violations()
+    check_retrieval(found, RetrievalOverrides(filter=(MetadataCondition("fine", equals=1), condition)))
+    assert fields_of(found) == [f"retrieval.filter.conditions[1].{field}"]
 
 
 def test_texts_that_the_database_cannot_keep_are_refused() -> None:

@@ -63,7 +63,7 @@ def metadata_from_proto(struct: Struct, found: Violations, field: str) -> Mappin
     """Read metadata: texts, numbers and booleans. Notes null, lists and objects."""
     metadata: dict[str, MetadataValue] = {}
     for key, value in sorted(struct.fields.items()):
-        plain = _read_value(value)
+        plain = value_from_proto(value)
         if plain is None:
             found.add(f"{field}[{key[:64]!r}]", "must be a text, a number or a boolean")
         else:
@@ -71,7 +71,8 @@ def metadata_from_proto(struct: Struct, found: Violations, field: str) -> Mappin
     return metadata
 
 
-def _read_value(value: Value) -> MetadataValue | None:
+def value_from_proto(value: Value) -> MetadataValue | None:
+    """Read a text, a number or a boolean; None where it is none of these."""
     kind = value.WhichOneof("kind")
     if kind == "string_value":
         return value.string_value

@@ -3,6 +3,7 @@
 from modeltraining.v1 import inference_service_pb2, retrieval_pb2
 
 from server.api.mappers.documents import metadata_to_proto
+from server.api.mappers.filters import filter_from_proto, filter_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto
 from server.domain.retrieval import Chunking, Citation, RetrievalOverrides, RetrievalSettings, RetrievedChunk, Scores, SearchMode
 from server.services.rag_answers import RetrievalTimings, Retrieved
@@ -10,7 +11,7 @@ from server.services.requests import Retrieve
 from server.services.validation import Violations
 
 # Promised by the contract, not built yet: refused rather than passed over.
-UNBUILT_FIELDS = frozenset({"dense_weight", "lexical_weight", "rerank", "filter"})
+UNBUILT_FIELDS = frozenset({"rerank"})
 
 
 def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalConfig:
@@ -19,6 +20,9 @@ def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalCon
         top_k=settings.top_k,
         similarity_threshold=settings.similarity_threshold,
         search_mode=enum_to_proto(retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", settings.search_mode),
+        dense_weight=settings.dense_weight,
+        lexical_weight=settings.lexical_weight,
+        filter=filter_to_proto(settings.filter) if settings.filter else None,
         max_context_tokens=settings.max_context_tokens or None,
     )
 
@@ -36,6 +40,9 @@ def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violatio
         similarity_threshold=message.similarity_threshold if message.HasField("similarity_threshold") else None,
         search_mode=mode,
         max_context_tokens=message.max_context_tokens if message.HasField("max_context_tokens") else None,
+        dense_weight=message.dense_weight if message.HasField("dense_weight") else None,
+        lexical_weight=message.lexical_weight if message.HasField("lexical_weight") else None,
+        filter=filter_from_proto(message.filter, found, f"{field}.filter") if message.HasField("filter") else None,
     )
 
 
