@@ -98,7 +98,7 @@ def make_version(
         tokenizer.save_pretrained(directory)
         kind = "model" if technique == "full" else "adapter"
         golden = tokenizer("Who keeps the maps?").input_ids
-        return {"kind": kind, "technique": technique, "base_model": family, "golden_token_ids": golden, "stop_token_ids": [2], **facts}
+        return {"kind": kind, "technique": technique, "base_model": family, "golden_token_ids": golden, "stop_token_ids": [2], **described}
 
     return ArtefactStore(storage).write(path, fill)
 
