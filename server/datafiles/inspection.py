@@ -31,7 +31,7 @@ PROGRESS_SECONDS = 0.5
 # The process may take so much address space (pyarrow maps far more than it uses), and so long a time.
 MAX_MEMORY_BYTES = 4 << 30
 BASE_CPU_SECONDS = 60
-BYTES_PER_CPU_SECOND = 4 << 20  # a fifth of what was measured
+BYTES_PER_CPU_SECOND = 8 << 20  # a third of what was measured
 MAX_OPEN_FILES = 64
 MAX_FINISHING_SECONDS = 5
 

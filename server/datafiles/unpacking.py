@@ -14,6 +14,7 @@ MAGIC = {Compression.GZIP: b"\x1f\x8b", Compression.ZSTD: b"\x28\xb5\x2f\xfd"}
 # The window that zstd's --ultra -22 takes. A file that asks for more would have its reader allocate it.
 MAX_ZSTD_WINDOW_BYTES = 1 << 27
 BUFFER_BYTES = 1 << 20
+ZSTD_READ_BYTES = 4 << 10  # the worst of bombs makes 128 MB of it
 
 
 class FileInvalid(ValueError):
@@ -42,11 +43,39 @@ def _open_stream(file: BinaryIO, compression: Compression | None) -> BinaryIO:
     if compression is Compression.GZIP:
         return cast("BinaryIO", gzip.GzipFile(fileobj=file, mode="rb"))
     if compression is Compression.ZSTD:
+        return cast("BinaryIO", _ZstdStream(file))
+    return file
+
+
+class _ZstdStream:
+    """Unpacks frame by frame, and sees where the last one is cut off: zstandard's own reader takes that for an end."""
+
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
-        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
-        return cast("BinaryIO", unpacker.stream_reader(file, read_across_frames=True))
-    return file
+        self._file = file
+        self._unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES)
+        self._frame = self._unpacker.decompressobj()
+        self._is_open = False  # within a frame
+        self._ready = bytearray()
+
+    def read(self, size: int) -> bytes:
+        """Read up to so many bytes; none at the end."""
+        while not self._ready:
+            packed = self._file.read(ZSTD_READ_BYTES)
+            if not packed and self._is_open:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                return b""
+            while packed:
+                self._ready += self._frame.decompress(packed)
+                self._is_open = not self._frame.eof
+                packed = self._frame.unused_data
+                if self._frame.eof:
+                    self._frame = self._unpacker.decompressobj()
+        data = bytes(self._ready[:size])
+        del self._ready[:size]
+        return data
 
 
 class _Bounded(io.RawIOBase):
