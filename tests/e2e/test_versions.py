@@ -99,16 +99,34 @@ def test_a_download_loads_with_plain_peft_and_gives_the_served_answer(stack: Sta
     card = (unpacked / "README.md").read_text()
     assert card.startswith("---\nbase_model:")
     assert json.loads((unpacked / "adapter_config.json").read_text())["base_model_name_or_path"] == stack.make_tiny_model()
-    assert _answer_with_peft(stack.make_tiny_model(), unpacked) == ask(stack, model_id, 1)["text"]
+    base = AutoModelForCausalLM.from_pretrained(stack.make_tiny_model(), dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, str(unpacked))
+    assert _answer(model, AutoTokenizer.from_pretrained(unpacked)) == ask(stack, model_id, 1)["text"]
 
 
-def _answer_with_peft(base: str, adapter: Path) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), str(adapter))
+def _answer(model: Any, tokenizer: Any) -> str:
     text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_merged_export_loads_with_transformers_alone_and_gives_the_served_answer(stack: Stack, model_id: str, tmp_path: Path) -> None:
+    version = f"{stack.api}/models/{model_id}/versions/1"
+    job = post(stack, f"/models/{model_id}/versions/1/export", {"format": "EXPORT_FORMAT_MERGED"})["training_job"]
+    events = list(stream(stack, "GET", f"/training-jobs/{job['job_id']}/watch"))
+    assert events[-1]["finished"]["job"]["state"] == "STATE_SUCCEEDED", events[-1]
+    again = post(stack, f"/models/{model_id}/versions/1/export", {"format": "EXPORT_FORMAT_MERGED"})["training_job"]
+    assert (again["job_id"], again["state"]) == (job["job_id"], "STATE_SUCCEEDED")
+    (export,) = httpx.get(version).json()["exports"]
+    assert (export["format"], export["job_id"]) == ("EXPORT_FORMAT_MERGED", job["job_id"])
+    archive = httpx.get(f"{version}/archive?format=EXPORT_FORMAT_MERGED")
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as opened:
+        opened.extractall(tmp_path, filter="data")
+    directory = tmp_path / f"{model_id}-1-merged"
+    assert "base_model_relation: merge" in (directory / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert _answer(model, AutoTokenizer.from_pretrained(directory)) == ask(stack, model_id, 1)["text"]
 
 
 def test_a_version_is_deleted_with_its_files_once_it_no_longer_serves(stack: Stack, model_id: str) -> None:

@@ -1,6 +1,7 @@
 """The card tells the facts, in a form that the hub's own reader takes, and the same facts give the same text."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -29,8 +30,14 @@ FACTS = CardFacts(
 )
 
 
+def front_matter(card: str) -> dict[str, Any]:
+    """Read the card as the hub does."""
+    data: Any = ModelCard(card).data
+    return dict(data.to_dict())
+
+
 def test_the_hubs_reader_takes_the_front_matter() -> None:
-    data = ModelCard(write_model_card(FACTS)).data.to_dict()
+    data = front_matter(write_model_card(FACTS))
     assert data["base_model"] == "meta-llama/Llama-2-7b-hf"
     assert data["base_model_relation"] == "adapter"
     assert data["library_name"] == "peft"
@@ -41,7 +48,7 @@ def test_the_hubs_reader_takes_the_front_matter() -> None:
 def test_a_base_model_outside_the_catalogue_claims_no_licence_and_its_name_cannot_break_the_form() -> None:
     odd = '/models/it\'s: "odd" #1 | name'
     text = write_model_card(replace(FACTS, spec=replace(FACTS.spec, base_model=odd)))
-    data = ModelCard(text).data.to_dict()
+    data = front_matter(text)
     assert data["base_model"] == odd
     assert "license" not in data
 
@@ -59,7 +66,7 @@ def test_data_configuration_metrics_and_libraries_are_told() -> None:
 @pytest.mark.parametrize("form", [CardForm.MODEL, CardForm.MERGED])
 def test_a_whole_model_is_loaded_by_transformers_alone(form: CardForm) -> None:
     text = write_model_card(replace(FACTS, form=form, spec=replace(FACTS.spec, technique=FullTechnique())))
-    assert ModelCard(text).data.to_dict()["library_name"] == "transformers"
+    assert front_matter(text)["library_name"] == "transformers"
     assert "from peft" not in text
 
 
