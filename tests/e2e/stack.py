@@ -40,7 +40,10 @@ class Stack:
         self.data_directory = directory / "data"
         self.storage_path, self.cache_path = directory / "models-kept", directory / "models-cached"
         self.log_path = directory / "up.log"
+        self.imports_path = directory / "imports"
+        self.imports_path.mkdir()
         paths = {"MODEL_STORAGE_PATH": str(self.storage_path), "MODEL_CACHE_PATH": str(self.cache_path)}
+        paths["DATASET_IMPORT_ROOTS"] = str(self.imports_path)
         ports = {"DATA_DIRECTORY": str(self.data_directory), "HTTP_PORT": str(http_port), "GRPC_PORT": str(grpc_port)}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
