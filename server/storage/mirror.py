@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -47,7 +48,8 @@ class Mirror:
 
     def touch(self, copy: Path) -> None:
         """Note that a copy is being used."""
-        os.utime(copy)
+        with suppress(FileNotFoundError):  # another process has just dropped it: whoever reads next fetches it again
+            os.utime(copy)
 
     def make_room(self, size_bytes: int) -> None:
         """Drop what was used longest ago until so many bytes more fit."""
@@ -63,9 +65,9 @@ class Mirror:
     def _list(self) -> Iterator[_Copy]:
         for pattern in _COPIES:
             for path in self.root.glob(f"*/{pattern}"):
-                if not path.name.endswith(PARTIAL_SUFFIX):
-                    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-                    yield _Copy(path, size, path.stat().st_mtime)
+                with suppress(FileNotFoundError):
+                    if not path.name.endswith(PARTIAL_SUFFIX):
+                        yield _Copy(path, sum(file.stat().st_size for file in (path, *path.rglob("*"))), path.stat().st_mtime)
 
 
 def remove(path: Path) -> None:
