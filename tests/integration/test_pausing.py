@@ -22,7 +22,7 @@ def _read_losses(stack: Stack, *job_ids: str) -> list[str]:
 
 def _read_weights(stack: Stack, job_id: str) -> bytes:
     ((path,),) = stack.query("SELECT artifact_path FROM model_versions WHERE job_id = %s", job_id)
-    return (stack.storage_path / path / "adapter_model.safetensors").read_bytes()
+    return Path(stack.storage_path, path, "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")

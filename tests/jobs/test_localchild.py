@@ -43,6 +43,33 @@ async def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert end == "killed by SIGKILL"
 
 
+@pytest.mark.parametrize(("number", "kills", "expected"), [(9, 1, True), (9, 0, False), (15, 1, False)])
+async def test_a_kill_for_memory_is_told_from_other_kills(tmp_path: Path, number: int, kills: int, expected: bool) -> None:
+    counts = iter([5, 5 + kills])
+    program = f"import os; os.kill(os.getpid(), {number})"
+    child = await LocalExecution((sys.executable, "-c", program), lambda: next(counts)).start(ORDER, tmp_path / "log")
+    end = await child.wait()
+    child.close()
+    assert end.is_out_of_memory is expected
+
+
+async def test_a_pause_reaches_the_child_alone(tmp_path: Path) -> None:
+    # The grandchild would die of the signal; the child tells whether it lives.
+    program = (
+        "import signal, subprocess; signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "other = subprocess.Popen(['/bin/sleep', '100'])\n"
+        f"events.write('{WARNING}\\n'); events.flush(); signal.pause(); time.sleep(0.2); print(other.poll())"
+    )
+    child = await _run(program).start(ORDER, tmp_path / "log")
+    async for _ready in child.read_events():
+        break
+    child.pause()
+    assert (await child.wait()).description == "exit code 0"
+    child.pause()
+    child.close()
+    assert child.read_log_tail().endswith("None")
+
+
 async def test_an_event_of_many_megabytes_arrives_whole(tmp_path: Path) -> None:
     program = 'events.write(\'{"kind": "warning", "code": "A", "message": "\' + \'x\' * 20_000_000 + \'"}\\n\')'
     events, end, _ = await _collect(program, tmp_path / "log")
