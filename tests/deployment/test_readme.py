@@ -28,8 +28,8 @@ class Command:
     answer_path: list[str]
 
 
-def read_commands(program: str) -> Iterator[Command]:
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+def read_commands(program: str, text_of: str = README) -> Iterator[Command]:
+    for block in re.findall(r"```sh\n(.*?)```", text_of, re.DOTALL):
         for line in block.splitlines():
             if not (found := re.search(rf"(?:^|\$\(){program} (.*)", line)):
                 continue
@@ -68,11 +68,11 @@ def test_each_curl_line_calls_a_promised_path_with_fields_that_exist(command: Co
     route = find_route(verb, re.sub(r"\$\w+", "some_id", address.path))
     request = route.method.input_type
     assert set(parse_qs(address.query)) <= set(request.fields_by_name)
-    if route.body == "*":
-        json_format.ParseDict(json.loads(data or "{}"), new_message(request))
-    elif data:
-        assert data.startswith("@")
+    if data and data.startswith("@"):
         assert (REPOSITORY / data[1:]).is_file()
+    elif route.body:
+        sent = request if route.body == "*" else request.fields_by_name[route.body].message_type
+        json_format.ParseDict(json.loads(data or "{}"), new_message(sent))
     assert has_path(route.method.output_type, command.answer_path, "name")
 
 
@@ -90,7 +90,8 @@ def test_both_ways_take_the_same_steps() -> None:
     assert {"CreateFineTunedModel", "WatchTrainingJob", "Generate", "StreamGenerate", "CreateRagModel", "RagGenerate", "DeleteModel"} <= {
         name.rpartition(".")[2] for name in routes
     }
-    assert len(CURL) == len(GRPCURL)
+    ten_lines = README.partition("## Ten lines of curl")[2].partition("\n## ")[0]
+    assert len(list(read_commands("curl", ten_lines))) == len(GRPCURL)
 
 
 def test_the_table_of_variables_is_the_settings() -> None:
