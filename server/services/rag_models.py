@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from server.domain.catalogue import find_embedding_model
+from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
 from server.domain.documents import Document, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
+from server.domain.findings import Finding, Severity
 from server.domain.ids import DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
@@ -47,19 +48,21 @@ class RagModels:
             await check_base_model(self._base_models, found, "generator_model_id", generator)
         async with self._database.transaction(organization) as transaction:
             if issued := await find_issued(transaction, "CreateRagModel", request.request_id, body):
-                return Created(await transaction.models.get(issued["model_id"]), await transaction.jobs.get(issued["job_id"]))
+                stored = await transaction.models.get(issued["model_id"])
+                return Created(stored, await transaction.jobs.get(issued["job_id"]), find_warnings(embedding_model))
             base_model = await _find_generator_base(transaction, found, generator)
             found.raise_if_any()
             model = _new_model(request, generator, base_model, embedding_model)
             job = _new_job(model)
             if request.validate_only:
-                return Created(replace(model, model_id=""), replace(job, job_id="", model_id=""))
+                return Created(replace(model, model_id=""), replace(job, job_id="", model_id=""), find_warnings(embedding_model))
             await transaction.models.insert(model)
             await transaction.documents.insert(model.model_id, [(new_id(DOCUMENT), document) for document in request.documents])
             await transaction.jobs.insert(job)
             made = {"model_id": model.model_id, "job_id": job.job_id}
             await remember(transaction, "CreateRagModel", request.request_id, body, made)
-            return Created(await transaction.models.get(model.model_id), await transaction.jobs.get(job.job_id))
+            stored = await transaction.models.get(model.model_id)
+            return Created(stored, await transaction.jobs.get(job.job_id), find_warnings(embedding_model))
 
     async def add_documents(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job]:
         """Add documents to a RAG model; they are found once the job that is started for them has indexed them."""
@@ -116,10 +119,15 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
 
 def default_retrieval(embedding_model: str) -> RetrievalSettings:
     """Give the settings of a model that says nothing: one whose embeddings were never trained to retrieve also searches by words."""
+    return RetrievalSettings(search_mode=SearchMode.HYBRID if find_warnings(embedding_model) else SearchMode.DENSE)
+
+
+def find_warnings(embedding_model: str) -> Sequence[Finding]:
+    """Say what may disappoint of an embedding model."""
     known = find_embedding_model(embedding_model)
     if known is None or known.tuned_for_retrieval:
-        return RetrievalSettings()
-    return RetrievalSettings(search_mode=SearchMode.HYBRID)
+        return []
+    return [Finding(None, "EMBEDDING_MODEL_NOT_TUNED", NOT_TUNED_NOTE, Severity.WARNING, "embedding_model")]
 
 
 def _check_plain(found: Violations, request: CreateRagModel) -> None:

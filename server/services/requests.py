@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
+from server.domain.findings import Finding
 from server.domain.generation import ChatMessage, GenerationParameters
 from server.domain.jobs import Job
 from server.domain.models import Model
@@ -207,7 +208,8 @@ class RagGenerate:
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """A model and the job that makes it."""
+    """A model and the job that makes it, with what may disappoint."""
 
     model: Model
     job: Job | None
+    findings: Sequence[Finding] = ()

@@ -183,6 +183,22 @@ def test_the_threshold_applies_to_the_similarity(stack: Stack, library: str) -> 
     assert [chunk["chunk_id"] for chunk in passing] == [everything[0]["chunk_id"]]
 
 
+def test_words_find_what_vectors_do_and_each_score_has_its_name(stack: Stack, library: str) -> None:
+    retrieval = {"top_k": 5, "similarity_threshold": -1, "filter": {"conditions": [{"key": "year", "range": {"at_least": 2000}}]}}
+    for mode, scores in (
+        ("DENSE", {"similarity"}),
+        ("LEXICAL", {"lexical"}),
+        ("HYBRID", {"similarity", "lexical", "fused"}),
+    ):
+        body = {"model_id": library, "query": LAMP_QUERY, "retrieval": {**retrieval, "search_mode": f"SEARCH_MODE_{mode}"}}
+        found = post(stack, "/rag/retrieve", body)
+        assert "Mira Tolsen" in found["chunks"][0]["text"]
+        assert {chunk["title"] for chunk in found["chunks"]} == {"Lighthouse"}
+        assert all(scores == chunk["scores"].keys() for chunk in found["chunks"])
+        assert found["retrieval"]["search_mode"] == f"SEARCH_MODE_{mode}"
+        assert found["retrieval"]["filter"]["conditions"][0]["range"] == {"at_least": 2000}
+
+
 def test_an_answer_from_documents_streams_its_sources_text_and_verified_citations(stack: Stack, library: str) -> None:
     body = {"model_id": library, "query": LAMP_QUERY, "parameters": {"temperature": 0, "max_tokens": 40}, "retrieval": {"top_k": 1}}
     events = list(stream(stack, "POST", "/rag/inference/stream", body))

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from modeltraining.v1 import base_model_pb2 as _base_model_pb2
 from modeltraining.v1 import document_pb2 as _document_pb2
 from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
+from modeltraining.v1 import finding_pb2 as _finding_pb2
 from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
 from modeltraining.v1 import message_pb2 as _message_pb2
 from modeltraining.v1 import model_pb2 as _model_pb2
@@ -496,6 +497,7 @@ class CreateRagModelResponse(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     TRAINING_JOB_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _model_pb2.Model:
         """The model; CREATING."""
@@ -504,15 +506,20 @@ class CreateRagModelResponse(_message.Message):
     def training_job(self) -> _training_job_pb2.TrainingJob:
         """The job that indexes its documents."""
 
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
+        """What may disappoint, for example EMBEDDING_MODEL_NOT_TUNED."""
+
     def __init__(
         self,
         *,
         model: _model_pb2.Model | None = ...,
         training_job: _training_job_pb2.TrainingJob | None = ...,
+        findings: _abc.Iterable[_finding_pb2.Finding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "training_job", b"training_job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "training_job", b"training_job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "model", b"model", "training_job", b"training_job"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -33,11 +33,11 @@ class RetrievalConfig(_message.Message):
     class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RetrievalConfig._SearchMode.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         SEARCH_MODE_UNSPECIFIED: RetrievalConfig._SearchMode.ValueType  # 0
-        """The model's own; DENSE when the model says nothing."""
+        """The model's own."""
         SEARCH_MODE_DENSE: RetrievalConfig._SearchMode.ValueType  # 1
         """Vectors, by cosine similarity."""
         SEARCH_MODE_LEXICAL: RetrievalConfig._SearchMode.ValueType  # 2
-        """Words, by text rank."""
+        """Words, by BM25 over stems and parts of words; Arabic in any spelling, English in any form."""
         SEARCH_MODE_HYBRID: RetrievalConfig._SearchMode.ValueType  # 3
         """Both, fused by reciprocal rank with the two weights."""
 
@@ -45,11 +45,11 @@ class RetrievalConfig(_message.Message):
         """What is searched."""
 
     SEARCH_MODE_UNSPECIFIED: RetrievalConfig.SearchMode.ValueType  # 0
-    """The model's own; DENSE when the model says nothing."""
+    """The model's own."""
     SEARCH_MODE_DENSE: RetrievalConfig.SearchMode.ValueType  # 1
     """Vectors, by cosine similarity."""
     SEARCH_MODE_LEXICAL: RetrievalConfig.SearchMode.ValueType  # 2
-    """Words, by text rank."""
+    """Words, by BM25 over stems and parts of words; Arabic in any spelling, English in any form."""
     SEARCH_MODE_HYBRID: RetrievalConfig.SearchMode.ValueType  # 3
     """Both, fused by reciprocal rank with the two weights."""
 
@@ -99,13 +99,15 @@ class RetrievalConfig(_message.Message):
     top_k: _builtins.int
     """How many chunks are answered at most, 1 to 1000. Default 5."""
     similarity_threshold: _builtins.float
-    """Chunks of a lower cosine similarity are left out, -1 to 1. Applies to the similarity only, never to a fused score. Default 0.3."""
+    """Chunks of a lower cosine similarity are left out, -1 to 1. Applies to the similarity only, never to a fused score: in HYBRID to chunks
+    that words found too, in LEXICAL, which computes none, not at all. Default 0.3.
+    """
     search_mode: Global___RetrievalConfig.SearchMode.ValueType
-    """What is searched. Default DENSE."""
+    """What is searched. Default DENSE; HYBRID where the embedding model was never trained to retrieve."""
     dense_weight: _builtins.float
-    """Weight of the dense ranks in HYBRID, 0 to 100. Default 1."""
+    """Weight of the dense ranks in HYBRID, 0 (not searched by) to 100. Default 1."""
     lexical_weight: _builtins.float
-    """Weight of the lexical ranks in HYBRID, 0 to 100. Default 1."""
+    """Weight of the lexical ranks in HYBRID, 0 (not searched by) to 100. Default 1."""
     max_context_tokens: _builtins.int
     """How much of the generator's window the chunks may fill, in its own tokens, 1 to 131,072. Default: what the prompt and the answer leave."""
     @_builtins.property
@@ -157,7 +159,7 @@ Global___RetrievalConfig: _TypeAlias = RetrievalConfig  # noqa: Y015
 
 @_typing.final
 class MetadataFilter(_message.Message):
-    """Conditions on document metadata, all of which must hold."""
+    """Conditions on document metadata, all of which must hold. A key that no document has is refused where nothing is found, but in `exists`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -169,7 +171,7 @@ class MetadataFilter(_message.Message):
 
         @_typing.final
         class Range(_message.Message):
-            """Bounds on a number or a text."""
+            """Bounds on a number or a text; values of the other kind are outside. Texts compare as the database sorts them, dates as ISO 8601."""
 
             DESCRIPTOR: _descriptor.Descriptor
 
@@ -206,11 +208,11 @@ class MetadataFilter(_message.Message):
         """The key is there (true) or is not (false)."""
         @_builtins.property
         def equals(self) -> _struct_pb2.Value:
-            """The value is this one."""
+            """The value is this one: a text, a number (1 equals 1.0) or a boolean."""
 
         @_builtins.property
         def any_of(self) -> _struct_pb2.ListValue:
-            """The value is one of these."""
+            """The value is one of these, 1 to 1,000."""
 
         @_builtins.property
         def range(self) -> Global___MetadataFilter.Condition.Range:
@@ -303,7 +305,7 @@ class RetrievedChunk(_message.Message):
         similarity: _builtins.float
         """Cosine similarity of query and chunk, -1 to 1."""
         lexical: _builtins.float
-        """Text rank of the lexical search, 0 or more; comparable within one query only."""
+        """BM25 of the lexical search, 0 or more; comparable within one query only."""
         fused: _builtins.float
         """Weighted reciprocal ranks, 0 or more; comparable within one query only."""
         rerank: _builtins.float

@@ -6,6 +6,7 @@ from modeltraining.v1 import message_pb2, model_pb2, model_service_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.documents import new_document_from_proto
+from server.api.mappers.findings import finding_to_proto
 from server.api.mappers.fine_tuning import parameters_from_proto, version_from_proto
 from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.retrieval import chunking_to_proto, overrides_from_proto, settings_to_proto
@@ -133,5 +134,7 @@ def fine_tuned_to_proto(created: Created) -> model_service_pb2.CreateFineTunedMo
 def rag_created_to_proto(created: Created) -> model_service_pb2.CreateRagModelResponse:
     """Write a RAG model that is being built."""
     return model_service_pb2.CreateRagModelResponse(
-        model=model_to_proto(created.model), training_job=job_to_proto(created.job) if created.job else None
+        model=model_to_proto(created.model),
+        training_job=job_to_proto(created.job) if created.job else None,
+        findings=[finding_to_proto(finding) for finding in created.findings],
     )

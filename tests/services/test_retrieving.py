@@ -1,0 +1,106 @@
+"""Searching as a use case: which legs run, what a model's settings and a request's make together, what is refused."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from server.basemodels.sources import BaseModelSource
+from server.db.database import PostgresDatabase
+from server.db.queue import PostgresJobQueue
+from server.domain.documents import NewDocument
+from server.domain.errors import InvalidInput, Unavailable
+from server.domain.events import ResultReady
+from server.domain.ids import DOCUMENT, new_id
+from server.domain.jobs import JobState
+from server.domain.models import Model
+from server.domain.retrieval import MetadataCondition, RetrievalOverrides, RetrievalSettings, SearchMode
+from server.inference.client import EngineClient
+from server.services.rag_answers import RagAnswers
+from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
+from server.services.references import References
+from server.services.requests import Retrieve
+from tests.db.samples import ORGANIZATION, add_model, make_chunks, make_rag_model, make_vectors, start_job
+
+TEXTS = ("منارة أورفال تضيء الميناء منذ ١٨٨٤.", "The lighthouse of Orvale lights the harbour.")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The use cases over a model with two documents. Its engine does not run: whatever needs an embedding fails."""
+
+    answers: RagAnswers
+    model: Model
+
+    async def find(self, query: str, **asked: object) -> list[str]:
+        """Search by words; give the texts found."""
+        overrides = RetrievalOverrides(**{"search_mode": SearchMode.LEXICAL, **asked})  # type: ignore[arg-type]  # plain test data
+        found = await self.answers.retrieve(ORGANIZATION, Retrieve(self.model.model_id, query, overrides))
+        return [hit.chunk.text for hit in found.chunks]
+
+
+@pytest.fixture
+async def library(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Library]:
+    model = await add_model(database, make_rag_model())
+    new = [(new_id(DOCUMENT), NewDocument(text, metadata={"lang": lang})) for text, lang in zip(TEXTS, ("ar", "en"), strict=True)]
+    async with database.transaction(ORGANIZATION) as transaction:
+        await transaction.documents.insert(model.model_id, new)
+    queue = PostgresJobQueue(database)
+    lease = await start_job(database, queue, model)
+    for (document_id, document), vector in zip(new, make_vectors(2), strict=True):
+        await queue.commit_document(lease, document_id, make_chunks([document.text]), vector.tobytes(), 8, "", 2)
+    await queue.change_state(lease, JobState.FINALIZING, "")
+    await queue.complete(lease, ResultReady())
+    engine = EngineClient(tmp_path / "no-engine.sock")
+    yield Library(RagAnswers(database, engine, References(database, BaseModelSource(tmp_path, offline=True))), model)
+    await engine.close()
+
+
+async def test_words_are_searched_without_an_embedding_model(library: Library) -> None:
+    assert await library.find("متى أضاءت المناره الميناء") == [TEXTS[0]]
+    assert await library.find("HARBOURS") == [TEXTS[1]]
+    for mode in (SearchMode.DENSE, SearchMode.HYBRID):
+        with pytest.raises(Unavailable):
+            await library.find("harbour", search_mode=mode)
+
+
+async def test_a_filter_narrows_the_search(library: Library) -> None:
+    assert await library.find("lighthouse", filter=(MetadataCondition("lang", equals="en"),)) == [TEXTS[1]]
+    assert await library.find("lighthouse", filter=(MetadataCondition("lang", equals="ar"),)) == []
+    assert await library.find("lighthouse", filter=(MetadataCondition("year", exists=True),)) == []
+
+
+async def test_a_filter_on_a_key_that_no_document_has_is_refused_by_name(library: Library) -> None:
+    where = (MetadataCondition("lang", exists=True), MetadataCondition("Lang", equals="en"))
+    with pytest.raises(InvalidInput, match=r"retrieval\.filter\.conditions\[1\]\.key: no document of this model has 'Lang'"):
+        await library.find("lighthouse", filter=where)
+
+
+async def test_weights_that_search_nothing_are_refused(library: Library) -> None:
+    with pytest.raises(InvalidInput, match="nothing would be searched"):
+        await library.find("lighthouse", search_mode=SearchMode.HYBRID, dense_weight=0.0, lexical_weight=0.0)
+
+
+def test_a_request_overrides_what_it_sets() -> None:
+    where = (MetadataCondition("lang", equals="en"),)
+    settings = RetrievalSettings(5, 0.3, SearchMode.HYBRID, 100, 2.0, 3.0, where)
+    assert merge_retrieval(settings, RetrievalOverrides()) == settings
+    changed = RetrievalOverrides(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, (MetadataCondition("year", exists=True),))
+    assert merge_retrieval(settings, changed) == RetrievalSettings(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, changed.filter or ())
+
+
+@pytest.mark.parametrize(
+    ("embedding_model", "mode"),
+    [
+        ("aubmindlab/bert-base-arabertv02", SearchMode.HYBRID),
+        ("CAMeL-Lab/bert-base-arabic-camelbert-mix", SearchMode.HYBRID),
+        ("BAAI/bge-m3", SearchMode.DENSE),
+        ("someone/unknown", SearchMode.DENSE),
+    ],
+)
+def test_what_was_never_trained_to_retrieve_also_searches_by_words(embedding_model: str, mode: SearchMode) -> None:
+    assert default_retrieval(embedding_model).search_mode is mode
+    assert [warning.code for warning in find_warnings(embedding_model)] == ["EMBEDDING_MODEL_NOT_TUNED"] * (mode is SearchMode.HYBRID)
+    asked = RetrievalOverrides(search_mode=SearchMode.LEXICAL)
+    assert merge_retrieval(default_retrieval(embedding_model), asked).search_mode is SearchMode.LEXICAL
