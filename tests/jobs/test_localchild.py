@@ -56,9 +56,11 @@ async def test_a_kill_for_memory_is_told_from_other_kills(tmp_path: Path, number
 async def test_a_pause_reaches_the_child_alone(tmp_path: Path) -> None:
     # The grandchild would die of the signal; the child tells whether it lives.
     program = (
-        "import signal, subprocess; signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "import signal, subprocess; heard = []; signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))\n"
         "other = subprocess.Popen(['/bin/sleep', '100'])\n"
-        f"events.write('{WARNING}\\n'); events.flush(); signal.pause(); time.sleep(0.2); print(other.poll())"
+        f"events.write('{WARNING}\\n'); events.flush()\n"
+        "while not heard: time.sleep(0.01)\n"
+        "time.sleep(0.2); print(other.poll())"
     )
     child = await _run(program).start(ORDER, tmp_path / "log")
     async for _ready in child.read_events():
