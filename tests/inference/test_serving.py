@@ -37,8 +37,8 @@ async def engine(tiny: Tiny, tmp_path: Path) -> AsyncIterator[EmbeddedEngine]:
     await made.stop()
 
 
-def ask_version(artefact: Artefact, family: str = "llama", **parameters: object) -> GenerationRequest:
-    return ask(PROMPT, model=family, adapter=artefact.path, max_tokens=TOKENS, logprobs=0, **parameters)
+def ask_version(artefact: Artefact, family: str = "llama") -> GenerationRequest:
+    return ask(PROMPT, model=family, adapter=artefact.path, max_tokens=TOKENS, logprobs=0)
 
 
 async def assert_says_what_peft_says(engine: EmbeddedEngine, artefact: Artefact, base: Path, family: str = "llama") -> None:
@@ -81,7 +81,7 @@ async def test_a_version_trained_on_4_bits_is_served_on_what_4_bits_keep(
     technique: str, quantization: str, double: bool, engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
 ) -> None:
     described: dict[str, Described] = {"quantization": quantization, "double_quantization": double}
-    artefact = make_version(tmp_path, "version", tiny("llama"), technique, **described)
+    artefact = make_version(tmp_path, "version", tiny("llama"), technique, described=described)
     await assert_says_what_peft_says(engine, artefact, tiny("llama"))
     plain = make_version(tmp_path, "plain", tiny("llama"), technique)
     quantised, other = [await collect(engine.generate(ask_version(version))) for version in (artefact, plain)]
@@ -107,8 +107,8 @@ async def test_techniques_that_leave_the_weights_share_them_in_one_batch(engine:
 
 async def test_versions_on_the_same_4_bits_share_one_model(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
     described: dict[str, Described] = {"quantization": "NF4", "double_quantization": True}
-    versions = [make_version(tmp_path, f"v{seed}", tiny("llama"), "lora", seed=seed, **described) for seed in (1, 2)]
-    versions.append(make_version(tmp_path, "single", tiny("llama"), "lora", quantization="NF4"))
+    versions = [make_version(tmp_path, f"v{seed}", tiny("llama"), "lora", seed=seed, described=described) for seed in (1, 2)]
+    versions.append(make_version(tmp_path, "single", tiny("llama"), "lora", described={"quantization": "NF4"}))
     answers = await asyncio.gather(*(collect(engine.generate(ask_version(version))) for version in versions))
     assert len({tuple(list_logprobs(answer)) for answer in answers}) == 3
     status = await engine.describe()
@@ -208,7 +208,7 @@ async def test_a_version_with_a_flipped_byte_or_of_unknown_kind_is_refused(engin
     flipped = make_version(tmp_path, "flipped", tiny("llama"), "full")
     weights = flipped.directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    strange = make_version(tmp_path, "strange", tiny("llama"), "lora", quantization="INT3")
+    strange = make_version(tmp_path, "strange", tiny("llama"), "lora", described={"quantization": "INT3"})
     for artefact, reason in ((flipped, "ARTIFACT_INVALID"), (strange, "ADAPTER_INVALID")):
         with pytest.raises(ServiceError) as refused:
             await collect(engine.generate(ask_version(artefact)))

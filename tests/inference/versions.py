@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def make_version(
     seed: int = 1,
     family: str = "llama",
     scale: float = 0.5,
-    **described: Described,
+    described: Mapping[str, Described] = MappingProxyType({}),
 ) -> Artefact:
     """Seal a version whose weights are moved at random by `scale`, a tenth of it for a whole model (`technique` "full")."""
 

@@ -49,7 +49,7 @@ def round_to_bf16(directory: Path) -> Path:
 
 def make_small(storage: Path, base: Path, technique: str, **described: Described) -> Artefact:
     """Make a version as far from its base as training takes it."""
-    return make_version(storage, "version", base, technique, scale=0.2, **described)
+    return make_version(storage, "version", base, technique, scale=0.2, described=described)
 
 
 def make_source(base: Path, tmp_path: Path) -> BaseModelSource:
