@@ -59,6 +59,15 @@ async def test_versions_come_in_pages_newest_first_with_their_exports(database: 
     assert (await read_model(database, model.model_id)).serving_version == 3
 
 
+async def test_an_export_made_again_replaces_the_first(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    model = await make_versions(database, queue, 1)
+    await export(database, queue, model, 1, ExportFormat.MERGED)
+    again = await export(database, queue, model, 1, ExportFormat.MERGED)
+    async with database.transaction(ORGANIZATION) as transaction:
+        (made,) = (await transaction.models.get_version(model.model_id, 1)).exports
+    assert made.job_id == again
+
+
 async def test_a_number_is_never_given_to_a_second_version(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
     model = await make_versions(database, queue, 2)
     async with database.transaction(ORGANIZATION) as transaction:
