@@ -22,6 +22,8 @@ MAX_CHARACTERS_PER_TOKEN = 16
 # Tokenizers are asked about pieces of this size, so that their time and memory stay proportional to the text.
 MAX_PIECE_CHARACTERS = 2_000
 PIECES_PER_BATCH = 256
+# A heading begins a new chunk where the one before it has this part of its tokens; shorter sections stay together.
+LEAST_SECTION = 0.25
 
 _WORD = re.compile(r"\S+")
 # A joined character must not lose its second half to another chunk: joiners and variation selectors belong to what is before.
@@ -57,15 +59,21 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """A text as words (long ones in pieces): where each begins and ends, the tokens before it, and the words that begin sentences."""
+    """A text as words (long ones in pieces): where each begins and ends, the tokens before it, the words that begin sentences, headings."""
 
     starts: Sequence[int]
     ends: Sequence[int]
     tokens_before: Sequence[int]
     sentence_starts: Sequence[int]
+    heading_starts: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def is_heading(self, word: int) -> bool:
+        """Say whether a heading begins with a word."""
+        place = bisect_left(self.heading_starts, word)
+        return place < len(self.heading_starts) and self.heading_starts[place] == word
 
     def count(self, first: int, end: int) -> int:
         """Count the tokens of the words `first` up to, not including, `end`."""
@@ -79,15 +87,18 @@ def resolve_chunk_tokens(chunking: Chunking, tokenizer: PassageTokenizer) -> tup
     return budget, max(0, min(chunking.overlap_tokens, budget // 2))
 
 
-def cut_text(text: str, chunking: Chunking, tokenizer: PassageTokenizer) -> list[TextChunk]:
-    """Cut a text. Every character but white space is in some chunk; none is longer than the model reads. Takes linear time."""
+def cut_text(text: str, chunking: Chunking, tokenizer: PassageTokenizer, headings: Sequence[int] = ()) -> list[TextChunk]:
+    """Cut a text. Every character but white space is in some chunk; none is longer than the model reads. Takes linear time.
+
+    `headings` are the places where headings begin, rising: chunks end before them, so that most have one heading path.
+    """
     budget, overlap = resolve_chunk_tokens(chunking, tokenizer)
-    words = _find_words(text, tokenizer)
+    words = _find_words(text, tokenizer, headings)
     spans = list(_pack(words, budget, overlap))
     return list(_drop_contained(_fit(text, words, spans, budget, tokenizer)))
 
 
-def _find_words(text: str, tokenizer: PassageTokenizer) -> _Words:
+def _find_words(text: str, tokenizer: PassageTokenizer, headings: Sequence[int]) -> _Words:
     starts: list[int] = []
     ends: list[int] = []
     sentence_starts: list[int] = []
@@ -99,7 +110,8 @@ def _find_words(text: str, tokenizer: PassageTokenizer) -> _Words:
                 ends.append(end)
     tokens = _find_token_places(text, starts, ends, tokenizer)
     # A token may begin at the space before its word: it counts for the word that ends behind it.
-    return _Words(starts, ends, [0, *(bisect_left(tokens, end) for end in ends)], sentence_starts)
+    tokens_before = [0, *(bisect_left(tokens, end) for end in ends)]
+    return _Words(starts, ends, tokens_before, sentence_starts, [bisect_left(starts, heading) for heading in headings])
 
 
 def _cut_word(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -137,10 +149,29 @@ def _pack(words: _Words, budget: int, overlap: int) -> Iterator[tuple[int, int]]
     while previous_end < len(words):
         limit = _furthest(words, first, budget)
         end = limit if limit == len(words) else _last_sentence_end(words, previous_end, limit, budget)
+        end = _end_before_heading(words, first, previous_end, end, budget)
         yield first, end
         previous_end = end
-        if end < len(words):
+        if words.is_heading(end):
+            first = end
+        elif end < len(words):
             first = _overlap_start(words, first, end, budget, overlap)
+
+
+def _end_before_heading(words: _Words, first: int, least: int, end: int, budget: int) -> int:
+    """Give where a run that may go to `end` does end: behind `least`, before a heading if that leaves enough, never right behind one."""
+    enough = bisect_left(words.tokens_before, words.tokens_before[first] + LEAST_SECTION * budget)
+    place = bisect_left(words.heading_starts, max(enough, least + 1))
+    if place < len(words.heading_starts):
+        end = min(end, words.heading_starts[place])
+    place = bisect_left(words.heading_starts, end) - 1
+    while end < len(words) and place >= 0 and words.heading_starts[place] > max(first, least):
+        heading = words.heading_starts[place]
+        if bisect_left(words.sentence_starts, end) > bisect_right(words.sentence_starts, heading):
+            break
+        end = heading
+        place -= 1
+    return end
 
 
 def _furthest(words: _Words, first: int, budget: int) -> int:

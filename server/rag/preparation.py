@@ -1,4 +1,7 @@
-"""What an embedding family does to a text before its tokens are taken, with the way back to the original's characters."""
+"""What an embedding family does to a text before its tokens are taken, with the way back to the original's characters.
+
+In all of them presentation forms are read as letters, and bidi controls and zero-width characters not at all: no model learned them.
+"""
 
 import html
 import re
@@ -6,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from server.domain.catalogue import Preparation
+from server.rag.parsing.arabic import is_plain, join_forms, remove_controls
 
 _DIACRITICS_AND_TATWEEL = frozenset("\u0640\u0670" + "".join(map(chr, range(0x064B, 0x0653))))
 _ARABIC_DIGITS = {ord("٠") + digit: str(digit) for digit in range(10)} | {ord("۰") + digit: str(digit) for digit in range(10)}
@@ -29,11 +33,18 @@ class PreparedText:
 def prepare_text(text: str, preparation: Preparation) -> PreparedText:
     """Prepare a text as its embedding family was trained to read it; lone surrogates become U+FFFD in all of them."""
     text = _LONE_SURROGATE.sub("\ufffd", text)
+    letters = ((letter, place) for place, letter in enumerate(text))
+    if not is_plain(text):
+        letters = _make_plain(letters)
     if preparation is Preparation.UNDIACRITIZED:
-        return _join((letter, place) for place, letter in enumerate(text) if letter not in _DIACRITICS_AND_TATWEEL)
+        return _join(pair for pair in letters if pair[0] not in _DIACRITICS_AND_TATWEEL)
     if preparation is Preparation.ARABERT_V02:
-        return _join(_space_out(_resolve_entities(text)))
-    return PreparedText(text)
+        return _join(_space_out(_resolve_entities(_join(letters))))
+    return PreparedText(text) if is_plain(text) else _join(letters)
+
+
+def _make_plain(letters: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    return ((shown, place) for letter, place in letters for shown in join_forms(remove_controls(letter)))
 
 
 def _join(letters: Iterator[tuple[str, int]]) -> PreparedText:
@@ -41,14 +52,14 @@ def _join(letters: Iterator[tuple[str, int]]) -> PreparedText:
     return PreparedText("".join(letter for letter, _ in pairs), [place for _, place in pairs])
 
 
-def _resolve_entities(text: str) -> Iterator[tuple[str, int]]:
-    """Give the characters with their places, HTML entities resolved."""
+def _resolve_entities(text: PreparedText) -> Iterator[tuple[str, int]]:
+    """Give the characters with their places in the original, HTML entities resolved."""
     place = 0
-    for match in _ENTITY.finditer(text):
-        yield from ((letter, place + shift) for shift, letter in enumerate(text[place : match.start()]))
-        yield from ((letter, match.start()) for letter in _LONE_SURROGATE.sub("\ufffd", html.unescape(match[0])))
+    for match in _ENTITY.finditer(text.text):
+        yield from ((text.text[index], text.find_origin(index)) for index in range(place, match.start()))
+        yield from ((letter, text.find_origin(match.start())) for letter in _LONE_SURROGATE.sub("\ufffd", html.unescape(match[0])))
         place = match.end()
-    yield from ((letter, place + shift) for shift, letter in enumerate(text[place:]))
+    yield from ((text.text[index], text.find_origin(index)) for index in range(place, len(text.text)))
 
 
 def _space_out(letters: Iterator[tuple[str, int]]) -> Iterator[tuple[str, int]]:

@@ -126,6 +126,31 @@ def test_chunks_end_with_sentences_that_fit() -> None:
     assert cut == ["One two three four. Five six seven eight!", "تسعة عشرة أحد عشر؟ Twelve thirteen fourteen."]
 
 
+def test_a_heading_begins_a_chunk_without_overlap_and_short_sections_stay_together() -> None:
+    text = "One\nAa bb cc dd.\nTwo\nEe ff gg.\nThree\nHh.\nFour\nIi jj."
+    headings = [text.index(name) for name in ("One", "Two", "Three", "Four")]
+    cut = [text[chunk.char_start : chunk.char_end] for chunk in cut_text(text, Chunking(12, 3), WordTokenizer(), headings)]
+    assert cut == ["One\nAa bb cc dd.", "Two\nEe ff gg.", "Three\nHh.\nFour\nIi jj."]
+
+
+def test_no_chunk_ends_with_a_heading_whose_text_is_in_the_next() -> None:
+    text = "One\nAa bb.\nTwo\nThree\nCc dd ee ff gg hh ii jj kk ll."
+    headings = [text.index(name) for name in ("One", "Two", "Three")]
+    cut = [text[chunk.char_start : chunk.char_end] for chunk in cut_text(text, Chunking(14, 2), WordTokenizer(), headings)]
+    assert cut == ["One\nAa bb.", "Two\nThree\nCc dd ee ff gg hh ii jj kk ll."]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_texts_with_headings_anywhere_are_covered_too(seed: int) -> None:
+    text = make_text(seed)
+    chance = random.Random(seed)  # noqa: S311 -- repeatable, not secret
+    headings = sorted(chance.sample(range(len(text)), 60))
+    chunks = cut_text(text, Chunking(40, 10), WordTokenizer(), headings)
+    check_cover(text, chunks)
+    assert max(chunk.token_count for chunk in chunks) <= 40
+    assert len(chunks) > len(cut_text(text, Chunking(40, 10), WordTokenizer()))
+
+
 def test_the_overlap_repeats_whole_sentences_where_they_fit() -> None:
     text = "Aa bb cc dd ee ff. Go now. Ii jj kk ll mm nn. Oo pp qq rr."
     cut = [text[chunk.char_start : chunk.char_end] for chunk in cut_text(text, Chunking(8, 3), WordTokenizer())]

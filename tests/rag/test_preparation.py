@@ -42,6 +42,15 @@ def test_other_families_read_the_text_as_it_is() -> None:
     assert prepare_text("كَتَبَ &amp; ـ", Preparation.NONE).text == "كَتَبَ &amp; ـ"
 
 
+@pytest.mark.parametrize("preparation", list(Preparation))
+def test_presentation_forms_are_read_as_letters_and_controls_not_at_all(preparation: Preparation) -> None:
+    text = "\u202bﻣﺪﺭﺳﺔ\u202c ﻻ\u200b شيء\ufeff"
+    prepared = prepare_text(text, preparation)
+    assert prepared.text == "مدرسة لا شيء"
+    assert [text[prepared.find_origin(place)] for place, letter in enumerate(prepared.text) if letter in "ملا"] == ["ﻣ", "ﻻ", "ﻻ"]
+    assert prepared.find_origin(len(prepared.text) - 1) == len(text) - 2
+
+
 @pytest.mark.parametrize("preparation", [Preparation.NONE, Preparation.ARABERT_V02, Preparation.UNDIACRITIZED])
 def test_half_a_surrogate_pair_becomes_a_replacement_character(preparation: Preparation) -> None:
     prepared = prepare_text("a \ud800 &#xD800; b", preparation).text

@@ -36,6 +36,7 @@ def _make_letters() -> dict[int, str]:
 
 
 _FORM_LETTERS = _make_letters()
+_NOT_PLAIN = re.compile(rf"[{_FORMS}{_CONTROLS.pattern[1:-1]}]")
 
 
 def join_forms(text: str) -> str:
@@ -46,6 +47,11 @@ def join_forms(text: str) -> str:
 def remove_controls(text: str) -> str:
     """Take out bidi controls and zero-width characters."""
     return _CONTROLS.sub("", text)
+
+
+def is_plain(text: str) -> bool:
+    """Say whether a text has neither presentation forms nor controls."""
+    return _NOT_PLAIN.search(text) is None
 
 
 def is_reversed(text: str) -> bool:

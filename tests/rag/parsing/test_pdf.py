@@ -82,7 +82,12 @@ def test_items_of_a_list_stay_on_lines_of_their_own() -> None:
     assert read(write(pdf)).text.split("\n") == items
 
 
-@pytest.mark.parametrize("shape", [shape_as_forms, shape_as_letters, draw_without_shaping])
+def shape_with_brackets_as_read(text: str) -> list[str]:
+    """Give a line as writers draw it that map a mirrored bracket's glyph to the character of the text, not to the one that it shows."""
+    return [glyph.translate(str.maketrans("()[]", ")(][")) for glyph in shape_as_letters(text)]
+
+
+@pytest.mark.parametrize("shape", [shape_as_forms, shape_as_letters, shape_with_brackets_as_read, draw_without_shaping])
 def test_arabic_is_read_in_order_and_in_plain_letters_however_it_was_drawn(shape: Callable[[str], list[str]]) -> None:
     # An empty line between them: each stands for itself.
     document = read(draw_pdf([glyphs for line in ARABIC_LINES for glyphs in (shape(line), [])]))

@@ -4,9 +4,12 @@ import json
 
 import pytest
 
+from server.domain.retrieval import Chunking
+from server.rag.chunking import cut_text
 from server.rag.parsing.document import DocumentInvalid, Fault, Limits, ParsedDocument
 from server.rag.parsing.formats import Format, find_text_format
 from server.rag.parsing.reading import read_document
+from tests.rag.test_chunking import WordTokenizer
 
 ARABIC = "تأسست المكتبة في عام ١٩٢٠، وهي من أقدم المكتبات في المدينة. هل زرتها؟"
 FRENCH = "Le café où nous étions était fermé cet été à cause du réaménagement."
@@ -54,7 +57,9 @@ def test_arabic_of_the_iso_code_page_is_not_taken_for_the_windows_one() -> None:
     assert read(text.encode("iso8859_6")).text == text
 
 
-@pytest.mark.parametrize("content", [RUSSIAN.encode("cp1251"), "図書館は駅の近くにあります。".encode("euc_jp"), bytes(range(128, 256))])
+@pytest.mark.parametrize(
+    "content", [RUSSIAN.encode("cp1251"), "図書館は駅の近くにあります。".encode("euc_jp"), "ظغصض ثجحخ ذرزس".encode("cp1256")]
+)
 def test_an_encoding_that_nothing_speaks_for_is_refused_not_guessed(content: bytes) -> None:
     assert find_fault(content) is Fault.UNKNOWN_ENCODING
 
@@ -211,6 +216,17 @@ def test_a_word_of_100_000_characters_is_refused_and_a_long_one_warned_of() -> N
     assert find_fault("ب" * 100_000) is Fault.WORD_TOO_LONG
     assert get_codes(read("words " + "x" * 99_999)) == ["LONG_WORDS"]
     assert read("図書館" * 40_000).warnings == ()
+
+
+def test_chunks_of_a_parsed_document_know_their_page_and_headings() -> None:
+    document = read("# A\n\n" + "Words of the first. " * 20 + "\n\n## B\n\n" + "Words of the second. " * 20)
+    chunks = cut_text(document.text, Chunking(30, 5), WordTokenizer(), [heading.char_start for heading in document.headings])
+    assert document.text.index("## B") in [chunk.char_start for chunk in chunks]
+    paths = [document.find_heading_path(chunk.char_start) for chunk in chunks]
+    assert set(paths) == {("A",), ("A", "B")}
+    for chunk, path in zip(chunks, paths, strict=True):
+        assert ("second" in document.text[chunk.char_start : chunk.char_end]) == (path == ("A", "B"))
+    assert document.find_page(0) is None
 
 
 def test_limits_of_pages_and_characters_hold() -> None:
