@@ -40,12 +40,13 @@ def make_engine(
     limits: BatchLimits | None = None,
     max_model_bytes: int = 1 << 30,
     max_adapter_ranks: int = 256,
+    dtype: torch.dtype = torch.float32,
 ) -> EmbeddedEngine:
-    """Make an engine over tiny models in float32."""
+    """Make an engine over tiny models, in float32 where nothing else is said."""
     return EmbeddedEngine(
         base_models=Directories(table),
         versions=ArtefactStore(storage),
         embedder=None,
-        options=LoadingOptions(limits or LIMITS, max_adapter_ranks, torch.float32),
+        options=LoadingOptions(limits or LIMITS, max_adapter_ranks, dtype),
         max_model_bytes=max_model_bytes,
     )

@@ -88,6 +88,18 @@ async def test_a_version_trained_on_4_bits_is_served_on_what_4_bits_keep(
     assert list_logprobs(quantised) != list_logprobs(other)
 
 
+@pytest.mark.parametrize("technique", ["lora", "vera", "dora", "oft", "prompt_tuning", "prefix_tuning"])
+async def test_in_bfloat16_answers_are_those_of_float32_but_for_rounding(technique: str, tiny: Tiny, tmp_path: Path) -> None:
+    artefact = make_version(tmp_path, "version", tiny("llama"), technique, scale=0.2)
+    prompt_ids = AutoTokenizer.from_pretrained(tiny("llama"))(PROMPT).input_ids
+    (expected,) = continue_plainly(load_reference(artefact, tiny("llama")), prompt_ids, 1)[1]
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, dtype=torch.bfloat16)
+    engine.start()
+    answer = await collect(engine.generate(ask_version(artefact)))
+    assert list_logprobs(answer)[0] == pytest.approx(expected, abs=0.03)
+    await engine.stop()
+
+
 def list_logprobs(answer: Answer) -> list[float]:
     return [position.chosen.logprob for delta in answer.deltas for position in delta.logprobs]
 
