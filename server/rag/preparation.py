@@ -33,7 +33,7 @@ class PreparedText:
 def prepare_text(text: str, preparation: Preparation) -> PreparedText:
     """Prepare a text as its embedding family was trained to read it; lone surrogates become U+FFFD in all of them."""
     text = _LONE_SURROGATE.sub("\ufffd", text)
-    letters = ((letter, place) for place, letter in enumerate(text))
+    letters: Iterator[tuple[str, int]] = ((letter, place) for place, letter in enumerate(text))
     if not is_plain(text):
         letters = _make_plain(letters)
     if preparation is Preparation.UNDIACRITIZED:
