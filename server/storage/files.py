@@ -1,18 +1,16 @@
-"""Plain files under MODEL_STORAGE_PATH: uploads streamed to disk, read back in bounded pieces. Knows nothing of what they mean."""
+"""Plain files under MODEL_STORAGE_PATH: uploads streamed to disk, flushed, whole or not there. Knows nothing of what they mean."""
 
 import asyncio
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from server.domain.errors import ResourceExhausted
-from server.domain.records import MAX_RECORD_BYTES
 from server.services.ports import StoredFile
 
-READ_BYTES = 1 << 20
 # Left free for everybody else: an upload stops before the disk is full.
 RESERVED_BYTES = 256 << 20
 
@@ -56,18 +54,6 @@ class LocalFiles:
         while view:
             view = view[os.write(descriptor, view) :]
         digest.update(piece)
-
-    async def read_lines(self, path: str) -> AsyncIterator[Sequence[bytes]]:
-        """Stream the lines without their ends. A line over MAX_RECORD_BYTES comes cut to one byte more: still seen to be too long."""
-        rest = b""
-        with open(await self.fetch(path), "rb") as file:
-            while piece := await asyncio.to_thread(file.read, READ_BYTES):
-                *lines, rest = (rest + piece).split(b"\n")
-                rest = rest[: MAX_RECORD_BYTES + 1]
-                if lines:
-                    yield [line[: MAX_RECORD_BYTES + 1].removesuffix(b"\r") for line in lines]
-        if rest:
-            yield [rest.removesuffix(b"\r")]
 
     async def fetch(self, path: str) -> Path:
         """Give the place of a stored file on this machine's disk."""

@@ -140,7 +140,7 @@ def test_a_prompt_is_cut_from_its_oldest_tokens_and_the_answer_stays_whole(token
     (whole,) = prepare(tokenizer, make_chat("", "The keeper.") | make_chat("old " + "map " * 60 + "new", "The keeper."))[0].sequences
     record = prepare(tokenizer, make_chat("old " + "map " * 60 + "new", "The keeper."), **rules)[0]
     (sequence,) = record.sequences
-    text = str(tokenizer.decode(sequence.token_ids))
+    text = str(tokenizer.decode(list(sequence.token_ids)))
     assert len(sequence.token_ids) == 80
     assert (record.is_cut, codes(record)) == (True, [("OVERLONG", Severity.WARNING)])
     assert "old" not in text
@@ -153,8 +153,8 @@ def test_a_short_system_turn_stays_when_a_prompt_is_cut(tokenizer: PreTrainedTok
     rules = {"max_tokens": 100, "overlong_policy": OverlongPolicy.TRUNCATE_PROMPT_LEFT}
     short = prepare(tokenizer, make_chat("map " * 100, "Yes.", system="Hi"), **rules)[0]
     long = prepare(tokenizer, make_chat("map " * 100, "Yes.", system="Hi " * 60), **rules)[0]
-    assert "Hi<|im_end|>" in str(tokenizer.decode(short.sequences[0].token_ids))
-    assert "Hi" not in str(tokenizer.decode(long.sequences[0].token_ids))
+    assert "Hi<|im_end|>" in str(tokenizer.decode(list(short.sequences[0].token_ids)))
+    assert "Hi" not in str(tokenizer.decode(list(long.sequences[0].token_ids)))
     assert long.sequences[0].token_ids[0] == tokenizer.bos_token_id
 
 
@@ -167,7 +167,7 @@ def test_what_is_left_of_an_earlier_answer_is_not_learnt(tokenizer: PreTrainedTo
     turns = [("user", "q"), ("assistant", "river " * 60), ("user", "and?"), ("assistant", "Every day.")]
     value = {"messages": [{"role": role, "content": content} for role, content in turns]}
     record = prepare(tokenizer, value, max_tokens=60, overlong_policy=OverlongPolicy.TRUNCATE_PROMPT_LEFT)[0]
-    assert "river" in str(tokenizer.decode(record.sequences[0].token_ids))
+    assert "river" in str(tokenizer.decode(list(record.sequences[0].token_ids)))
     assert show_trained(tokenizer, record) == "Every day.<|im_end|>"
 
 

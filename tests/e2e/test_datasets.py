@@ -50,8 +50,10 @@ def test_what_cannot_be_imported_is_refused_and_says_why(stack: Stack, tmp_path:
             call_grpc(stack.grpc_target, "TrainingService/ImportDataset", request),
             call_rest(stack.url, "TrainingService/ImportDataset", request),
         )
-        assert [isinstance(answer, Refusal) and answer.code for answer in answers] == [code, code]
-        assert "secret" not in "".join(answer.raw for answer in answers)
+        for answer in answers:
+            assert isinstance(answer, Refusal), answer
+            assert answer.code == code
+            assert "secret" not in answer.raw
 
 
 def test_a_preview_shows_what_the_base_model_reads_page_by_page(stack: Stack, dataset: dict[str, Any]) -> None:

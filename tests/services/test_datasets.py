@@ -1,10 +1,14 @@
 """Datasets: every bad record named, nothing kept of what was refused."""
 
+import gzip
+from collections.abc import AsyncIterator
+
 import pytest
 
-from server.domain.datasets import RecordKind
+from server.domain.datasets import Dataset, RecordKind
 from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound, ResourceExhausted
-from server.services.requests import PageRequest, UploadDataset
+from server.services.datasets import Progress
+from server.services.requests import ImportDataset, PageRequest, UploadDataset
 from tests.services.conftest import GOOD_LINE, ORGANIZATION, UseCases, fine_tune, pieces
 
 
@@ -92,3 +96,51 @@ async def test_pages_follow_each_other_without_gap_and_end(use_cases: UseCases) 
 async def test_a_senseless_page_is_refused(use_cases: UseCases, request_: PageRequest) -> None:
     with pytest.raises(InvalidInput):
         await use_cases.datasets.list(ORGANIZATION, request_)
+
+
+async def collect(events: AsyncIterator[Progress | Dataset]) -> list[Progress | Dataset]:
+    return [event async for event in events]
+
+
+async def test_an_import_keeps_where_it_came_from_and_is_made_once(use_cases: UseCases) -> None:
+    place = use_cases.storage.parent / "imports" / "x.jsonl"
+    place.parent.mkdir()
+    place.write_bytes(GOOD_LINE * 2)
+    request = ImportDataset("d", f"file://{place}", request_id="r", record_kind=RecordKind.COMPLETION)
+    *_, dataset = await collect(use_cases.datasets.import_(ORGANIZATION, request))
+    assert isinstance(dataset, Dataset)
+    assert (dataset.record_count, dataset.source_uri, dataset.size_bytes) == (2, request.uri, 2 * len(GOOD_LINE))
+    assert await collect(use_cases.datasets.import_(ORGANIZATION, request)) == [dataset]
+    assert stored_files(use_cases) == [dataset.path]
+
+
+async def test_an_import_that_is_left_or_refused_leaves_nothing(use_cases: UseCases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.services.datasets.PROGRESS_SECONDS", 0.01)
+    place = use_cases.storage.parent / "imports" / "x.jsonl"
+    place.parent.mkdir()
+    place.write_bytes(GOOD_LINE * 10)
+    events = use_cases.datasets.import_(ORGANIZATION, ImportDataset("d", f"file://{place}"))
+    assert isinstance(await anext(events), Progress)
+    await events.aclose()
+    assert stored_files(use_cases) == []
+    place.write_bytes(b"x" * 20_000)
+    with pytest.raises(ResourceExhausted):
+        await collect(use_cases.datasets.import_(ORGANIZATION, ImportDataset("d", f"file://{place}")))
+    assert stored_files(use_cases) == []
+    assert (await use_cases.datasets.list(ORGANIZATION, PageRequest())).items == []
+
+
+async def test_a_named_kind_of_record_is_taken_at_its_word(use_cases: UseCases) -> None:
+    both = b'{"text": "The river.", "prompt": "p", "completion": "the answer"}'
+    dataset = await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d", record_kind=RecordKind.TEXT), pieces(both))
+    assert dataset.record_kind is RecordKind.TEXT
+    with pytest.raises(InvalidInput, match="`messages`"):
+        await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d", record_kind=RecordKind.CHAT), pieces(both))
+
+
+async def test_a_file_that_cannot_be_read_on_is_refused_whole(use_cases: UseCases) -> None:
+    packed = gzip.compress(GOOD_LINE * 100)
+    with pytest.raises(InvalidInput) as refusal:
+        await use_cases.datasets.upload(ORGANIZATION, UploadDataset("d"), pieces(packed[:-12]))
+    assert refusal.value.reason == "BROKEN_FILE"
+    assert stored_files(use_cases) == []
