@@ -12,7 +12,6 @@ from server.rag.parsing.document import Limits, ParsedDocument, Source
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n(?:---|\.\.\.)(?:\n|\Z)", re.DOTALL)
 _TITLE = re.compile(r"^title:[ \t]*(['\"]?)(.+?)\1[ \t]*$", re.MULTILINE | re.IGNORECASE)
-_MARKS = re.compile(r"[*_`\[\]<>&\\]")
 # Pictures in the text itself: megabytes of letters that say nothing.
 _EMBEDDED_DATA = re.compile(r"data:[\w/+.;=-]{1,100};base64,[A-Za-z0-9+/=]{200,}")
 
@@ -41,8 +40,7 @@ def _find_headings(text: str) -> Iterator[tuple[int, str, int]]:
     tokens = reader.parse(text)
     for opening, content in pairwise(tokens):
         if opening.type == "heading_open" and opening.map:
-            marked = _MARKS.search(content.content)
-            words = " ".join((_give_words(inline.parseInline(content.content)) if marked else content.content).split())
+            words = " ".join(_give_words(inline.parseInline(content.content)).split())
             if words:
                 yield int(opening.tag[1]), words, line_starts[opening.map[0]]
 
