@@ -43,8 +43,8 @@ _STDIN = 0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _READ_BYTES = 1 << 16
 _MAX_ORDER_BYTES = 16 << 20
-# How allocators say it; torch raises them as RuntimeError, on CPU and GPU alike.
-_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
+# How allocators say it; torch raises them as RuntimeError, on CPU and GPU alike. The last is how oneDNN says it.
+_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory", "could not create a primitive")
 # The second is how safetensors says it, the third torch.save.
 _DISK_PHRASES = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 

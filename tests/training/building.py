@@ -34,6 +34,18 @@ def make_records(count: int) -> list[dict[str, object]]:
     ]
 
 
+def make_pairs(count: int) -> list[dict[str, object]]:
+    """Make preference pairs of different lengths."""
+    return [
+        {
+            "prompt": f"Who keeps the {PLACES[number % len(PLACES)]} number {number}?",
+            "chosen": "The keeper" + " of the maps" * (number % 5) + f" keeps {number}.",
+            "rejected": "Nobody" + " at all" * (number % 3) + ".",
+        }
+        for number in range(count)
+    ]
+
+
 def make_sequences(lengths: Sequence[int], sequences_per_record: int = 1) -> TokenizedRecords:
     """Make tokenised records; few trained tokens in some, many in others, with weights of 1 and 0.5: a mean of means would show."""
     records = TokenizedRecords(sequences_per_record)
@@ -83,16 +95,17 @@ class Workplace:
 
     root: Path
     order: FineTuneOrder
+    models: Path
 
     @classmethod
-    def build(cls, root: Path, *, family: str = "llama", chat_template: bool = True) -> "Workplace":
-        """Set up files and an order over them."""
-        base = build_tiny_causal_model(root / "models" / family, family, chat_template)
+    def build(cls, root: Path, *, family: str = "llama", chat_template: bool = True, models: Path | None = None) -> "Workplace":
+        """Set up files and an order over them; `models` holds base models that are there already."""
+        base = models / family if models else build_tiny_causal_model(root / "models" / family, family, chat_template)
         write_records(root / "storage" / "default/datasets/ds_1.jsonl", make_records(20))
         technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
         spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
         order = FineTuneOrder("job_1", 1, spec, describe_dataset("ds_1"), "default/jobs/job_1", "default/models/mdl_1/job_1-1")
-        return cls(root, order)
+        return cls(root, order, models or root / "models")
 
     @property
     def store(self) -> ArtefactStore:
@@ -122,7 +135,7 @@ class Workplace:
             if emit is not None:
                 emit(event)
 
-        source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.root / "models"], offline=True)
+        source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.models], offline=True)
         self.order = replace(self.order, dataset=self._seal(self.order.dataset))
         if self.order.eval_dataset is not None:
             self.order = replace(self.order, eval_dataset=self._seal(self.order.eval_dataset))

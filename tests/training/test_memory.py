@@ -1,6 +1,7 @@
 """Memory is tried before the first step, in the ways a job allows; the trial changes no number, and a real lack of memory is typed."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,28 +123,18 @@ class Failing(Hungry):
         return loss
 
 
-WHOLE = {"micro_batch_tokens": 10_000}
-LIMITS = (
-    (100 << 20, WHOLE),  # no way fits
-    (400 << 20, {"micro_batch_tokens": 10_000, "gradient_checkpointing": True}),
-    (220 << 20, WHOLE),
-    (2 << 30, WHOLE),
-)
-
-
-def test_a_real_lack_of_memory_is_typed_or_met_with_less(tmp_path: Path) -> None:
-    """In another process under RLIMIT_DATA: torch's own allocations fail."""
-    arguments = [part for room_bytes, changes in LIMITS for part in (str(room_bytes), json.dumps(changes))]
+def test_a_real_lack_of_memory_is_met_with_less_or_typed(tmp_path: Path) -> None:
+    """In another process under RLIMIT_DATA, where torch's own allocations fail."""
+    # What is freed then no longer counts at once: a heap that is trimmed still counts, for this limit, as it was.
+    mapped = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.training.limited_job", str(tmp_path), *arguments],
-        capture_output=True, text=True, timeout=200, check=False,
+        [sys.executable, "-m", "tests.training.limited_job", str(tmp_path), "0.75", "0.25"],
+        capture_output=True, text=True, timeout=250, check=False, env=mapped,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    refused, recomputed, short, whole = (json.loads(line) for line in done.stdout.splitlines())
+    whole, short, refused = (json.loads(line) for line in done.stdout.splitlines())
+    assert (whole["done"], whole["warnings"]) == (True, [])
+    assert (short["done"], bool(short["warnings"])) == (True, True)
+    assert short["losses"] == pytest.approx(whole["losses"], rel=1e-3)
     assert refused["reason"] == "OUT_OF_MEMORY"
     assert "max_sequence_tokens" in refused["suggestion"]
-    assert whole["done"]
-    assert whole["warnings"] == []
-    assert recomputed["losses"] == pytest.approx(whole["losses"], rel=1e-3)
-    assert short["warnings"]
-    assert short["losses"] == pytest.approx(whole["losses"], rel=1e-3)

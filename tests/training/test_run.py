@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from server.basemodels.loading import load_causal_model, preferred_dtype
-from server.domain.events import CheckpointSaved, ChildEvent, Evaluated, Finalizing, ResultReady, Started, StepDone, Warned
+from server.domain.events import CheckpointSaved, ChildEvent, DataChecked, Evaluated, Finalizing, ResultReady, Started, StepDone, Warned
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import MANIFEST_NAME
@@ -42,8 +42,10 @@ def workplace(tmp_path: Path) -> Workplace:
 
 def test_the_events_come_in_order_and_end_with_a_result(workplace: Workplace) -> None:
     events = workplace.train()
-    assert isinstance(events[0], Started)
-    assert (events[0].total_steps, events[0].train_records, events[0].eval_records) == (6, 16, 4)
+    said = [type(event) for event in events]
+    assert said.index(DataChecked) < said.index(Started) < said.index(StepDone)
+    (started,) = of(events, Started)
+    assert (started.total_steps, started.train_records, started.eval_records) == (6, 16, 4)
     assert [step.step for step in of(events, StepDone)] == [1, 2, 3, 4, 5, 6]
     assert [evaluated.step for evaluated in of(events, Evaluated)] == [0, 3, 6]
     assert [saved.step for saved in of(events, CheckpointSaved)] == [2, 4, 6]
