@@ -1,19 +1,23 @@
 """Each technique trains, is stopped and goes on bit for bit, and gives a result that plain transformers and peft load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
+from server.basemodels.loading import load_causal_model
 from server.domain.jobs import JobFailure
 from server.domain.techniques import AdaLora, LoraTechnique
 from server.storage.artefacts import ArtefactInvalid, ArtefactStore
 from server.training.artefact import try_result
+from server.training.batches import MicroBatch, make_micro_batch
 from server.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from server.training.techniques.trained import Trained
 from tests.tiny_models import build_tiny_causal_model
-from tests.training.technique_cases import CASES, TOTAL_STEPS, Session, logits_of_plain_libraries
+from tests.training.technique_cases import CASES, TOTAL_STEPS, Session, logits_of_plain_libraries, make_records
 
 HALF = TOTAL_STEPS // 2
 
@@ -159,10 +163,26 @@ def test_updates_too_small_for_sixteen_bits_are_not_lost(base: Path) -> None:
     torch.testing.assert_close(weight.float(), before.float() * (1 + 2**-5), rtol=2**-8, atol=0)
 
 
+def test_gradients_of_micro_batches_add_up_in_float32(base: Path) -> None:
+    session = Session.open(base, CASES["full"], dtype=torch.bfloat16)
+    records = make_records(300)
+    batches = [make_micro_batch(records, indices) for indices in ((0, 1), (2, 3), (4, 5, 6))]
+
+    def gradients(chosen: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
+        session.optimiser.zero_grad()
+        for batch in chosen:
+            session.network.sum_loss(batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return {name: p.grad.clone() for name, p in session.trained.parameters.items() if p.grad is not None}
+
+    alone, together = [gradients([batch]) for batch in batches], gradients(batches)
+    assert together.keys() == session.trained.parameters.keys()
+    for name, gradient in together.items():
+        assert torch.equal(gradient, alone[0][name] + alone[1][name] + alone[2][name])
+    assert all(weight.grad is None for weight in session.network.model.parameters())
+
+
 def test_a_whole_model_is_saved_in_the_type_of_its_base(tmp_path: Path, store: ArtefactStore) -> None:
     directory = build_tiny_causal_model(tmp_path / "llama")
-    from server.basemodels.loading import load_causal_model
-
     load_causal_model(directory, dtype=torch.bfloat16).save_pretrained(directory)
     session = Session.open(directory, CASES["full"], dtype=torch.float32)
     session.train([1])
@@ -173,8 +193,6 @@ def test_a_whole_model_is_saved_in_the_type_of_its_base(tmp_path: Path, store: A
 
 
 def test_a_tensor_that_is_missing_from_a_whole_model_is_found(base: Path, store: ArtefactStore) -> None:
-    from safetensors.torch import load_file, save_file
-
     session = Session.open(base, CASES["full"])
     session.train([1])
     artefact = session.save(store, "result", base)
