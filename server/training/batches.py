@@ -78,8 +78,16 @@ class MicroBatch:
         """Give the same batch on a device."""
         if self.token_ids.device == device:
             return self
-        moved = {name: value.to(device) for name in self.__slots__ if isinstance(value := getattr(self, name), torch.Tensor)}
-        return replace(self, **moved)
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            predictors=self.predictors.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+            sequences=self.sequences.to(device),
+            reference=self.reference.to(device) if self.reference is not None else None,
+        )
 
 
 def make_micro_batch(records: TokenizedRecords, indices: Sequence[int], reference: torch.Tensor | None = None) -> MicroBatch:

@@ -66,7 +66,8 @@ def compute_in_memory(run: Run, compute: Callable[[], T]) -> T:
         random.restore()
         if not run.other_ways:
             raise _explain(run)
-        before, _ = run.way, _take_way(run, run.other_ways.pop(0))
+        before = run.way
+        _take_way(run, run.other_ways.pop(0))
         run.emit(_tell(before, run.way))
 
 

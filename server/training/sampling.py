@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,7 @@ class Sampler:
     """Prompts as token ids, ready to be put to the model again and again."""
 
     model: PeftModel | PreTrainedModel
+    causal: PreTrainedModel  # the same without adapters' wrapping
     tokenizer: PreTrainedTokenizerBase
     prompts: Mapping[str, list[int]]
     max_tokens: int
@@ -34,15 +35,14 @@ class Sampler:
     def answer(self, check: Callable[[], None]) -> list[tuple[str, str]]:
         """Give each prompt with its answer. `check` may raise between tokens; random numbers and mode stay as they were."""
         was_training = self.model.training
-        causal = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        attention = causal.config._attn_implementation
+        attention = self.causal.config._attn_implementation
         self.model.eval()
-        causal.set_attn_implementation(GENERATING_ATTENTION)
+        self.causal.set_attn_implementation(GENERATING_ATTENTION)
         try:
             with torch.no_grad(), untouched_random_state():
                 return [(prompt, self._generate(ids, check)) for prompt, ids in self.prompts.items()]
         finally:
-            causal.set_attn_implementation(attention)
+            self.causal.set_attn_implementation(attention)
             self.model.train(was_training)
 
     def _generate(self, ids: list[int], check: Callable[[], None]) -> str:
@@ -51,7 +51,8 @@ class Sampler:
             do_sample=False, num_beams=1, max_new_tokens=self.max_tokens, eos_token_id=stops, pad_token_id=stops[0]
         )
         prompt = torch.tensor([ids], device=self.model.device)
-        generated: Any = self.model.generate(
+        generate = cast(Callable[..., torch.Tensor], self.model.generate)
+        generated = generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             generation_config=config,
@@ -76,7 +77,9 @@ def make_sampler(
     model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: TrainingParameters, warn: Callable[[Warned], None]
 ) -> Sampler | None:
     """Render the sample prompts, each as a user's only message; None without any. One that the model cannot be asked is warned of."""
-    room = count_context_tokens(model) - settings.sample_tokens
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(causal, PreTrainedModel)
+    room = count_context_tokens(causal) - settings.sample_tokens
     prompts = {}
     for prompt in settings.sample_prompts:
         try:
@@ -89,4 +92,4 @@ def make_sampler(
             warn(Warned(REFUSED, f'The sample prompt "{prompt[:SHOWN_CHARACTERS]}" {left_out}'))
             continue
         prompts[prompt] = ids
-    return Sampler(model, tokenizer, prompts, settings.sample_tokens) if prompts else None
+    return Sampler(model, causal, tokenizer, prompts, settings.sample_tokens) if prompts else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from server.basemodels.sources import BaseModelSource
 from server.childprocess import Signals
+from server.datafiles.tokens import TokenizedRecords
 from server.diskfiles import hash_file
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.events import ChildEvent
@@ -14,7 +15,6 @@ from server.domain.orders import DatasetFile, FineTuneOrder
 from server.domain.specs import FineTuneSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
 from server.storage.artefacts import ArtefactStore
-from server.training.data import TokenizedRecords
 from server.training.run import run_fine_tune
 from tests.tiny_models import build_tiny_causal_model
 

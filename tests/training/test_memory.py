@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from server.domain.events import Warned
 from server.domain.techniques import FullTechnique, LoraTechnique, Technique
 from server.training.batches import MicroBatch, find_heaviest_groups
 from server.training.memory import list_ways, settle_memory
-from server.training.objectives.objective import TokenLosses
+from server.training.objectives.objective import Objective, TokenLosses
 from server.training.objectives.supervised import Supervised
 from server.training.state import MICRO_BATCH_TOKENS, Way
 from tests.training.building import make_parameters, make_sequences
@@ -62,7 +63,7 @@ def test_the_trial_changes_no_number(builder: Builder, technique: Technique) -> 
 class Hungry:
     """Supervised training that runs out of memory with more than so many tokens, as torch says it."""
 
-    needs_reference = False
+    needs_reference: ClassVar[bool] = False
 
     def __init__(self, most_tokens: int) -> None:
         self._most_tokens = most_tokens
@@ -98,7 +99,8 @@ def test_memory_that_runs_out_in_a_later_step_is_met_in_the_same_way(builder: Bu
     """Dropout is drawn again as it was drawn: but for the order of sums the step is the one that did not fit."""
     technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.2)
     trials = [builder.build(settings_of(micro_batch_tokens=1), technique=technique) for _ in range(2)]
-    for trial, objective in zip(trials, (Supervised(), Failing(third=1)), strict=True):
+    objectives: tuple[Objective, ...] = (Supervised(), Failing(third=1))
+    for trial, objective in zip(trials, objectives, strict=True):
         torch.manual_seed(3)
         settle_memory(trial.run)
         trial.run.objective = objective

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
+from transformers import PreTrainedModel
 
 from server.basemodels.loading import load_causal_model
+from server.datafiles.tokens import TokenizedRecords
 from server.domain import specs
 from server.domain.techniques import LoraTechnique
 from server.training.batches import Examples
-from server.training.data import TokenizedRecords
 from server.training.network import Network
 from server.training.objectives.dpo import Dpo
 from server.training.objectives.objective import Objective, choose_objective
@@ -41,7 +42,7 @@ def move(trained: Trained, scale: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trained.parameters.values():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,9 @@ def test_loss_and_gradients_are_those_of_the_formula(trained: Trained, pairs: To
     objective, formula = CASES[name]
     records = make_sequences(LENGTHS) if name == "supervised" else pairs
     reference = -torch.arange(20.0, 20.0 + len(LENGTHS))
-    attention = trained.peft.get_base_model().config._attn_implementation
+    causal = trained.peft.get_base_model()
+    assert isinstance(causal, PreTrainedModel)
+    attention = causal.config._attn_implementation
     expected = formula(trained, records, reference)
     expected_gradients = gradients_of(trained, expected)
     network = Network(trained.model, packing=packing)
@@ -112,7 +115,7 @@ def test_loss_and_gradients_are_those_of_the_formula(trained: Trained, pairs: To
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     for parameter, gradient in gradients_of(trained, loss).items():
         torch.testing.assert_close(gradient, expected_gradients[parameter], rtol=2e-3, atol=2e-4)
-    trained.peft.get_base_model().set_attn_implementation(attention)
+    causal.set_attn_implementation(attention)
 
 
 def test_the_mean_is_over_weights_or_pairs(pairs: TokenizedRecords) -> None:

@@ -1,6 +1,6 @@
 """What the loop asks of an objective, and the choice among them. An objective knows losses of tokens, not how they are computed."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ class TokenLosses(Protocol):
 class Objective(Protocol):
     """A loss that is a sum over micro-batches divided by a sum of counts, so that a step's split changes nothing."""
 
-    needs_reference: bool
+    needs_reference: ClassVar[bool]
 
     def count(self, batch: MicroBatch) -> float:
         """Give what the batch counts in the mean: weights of trained tokens, or pairs."""
