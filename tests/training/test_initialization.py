@@ -84,7 +84,7 @@ def test_eva_reads_the_inputs_of_the_records(base: Path) -> None:
     session, standard = Session.open(base, CASES["eva"]), Session.open(base, CASES["lora"])
     for layers, orthonormal in ((lora_layers(session.trained.peft), True), (lora_layers(standard.trained.peft), False)):
         for layer in layers.values():
-            down = layer.lora_A[ADAPTER].weight
+            down = layer.get_parameter(f"lora_A.{ADAPTER}.weight")
             assert torch.allclose(down @ down.t(), torch.eye(RANK), atol=1e-3) == orthonormal
 
 

@@ -15,7 +15,8 @@ class MasterWeights:
             name: nn.Parameter(weight.detach().float()) if name in self._narrow else weight for name, weight in weights.items()
         }
         for name, weight in self._narrow.items():
-            weight.register_post_accumulate_grad_hook(_AddTo(self.parameters[name]))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            add = _AddTo(self.parameters[name])
+            weight.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     @torch.no_grad()
     def to_model(self) -> None:
