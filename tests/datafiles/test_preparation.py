@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from server.basemodels.encoding import Encoder, MarkedText
 from server.basemodels.loading import load_tokenizer
@@ -118,6 +119,25 @@ def test_encoding_in_batches_gives_the_tokens_that_encoding_by_parts_gives(
         assert (fast.token_ids, fast.spans) == (slow.token_ids, slow.spans)
         for turn, span in zip((1, 3), fast.spans, strict=True):
             assert render(tokenizer, turns[:turn], add_generation_prompt=True).token_ids == fast.token_ids[: span.start]
+
+
+def test_a_prompt_that_alone_has_other_tokens_is_kept_as_it_is_served() -> None:
+    """As with Llama 3: two line breaks are one token at the end of a text, but two before a word."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(["a\n\n"] * 9, trainers.BpeTrainer(vocab_size=270, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]  # noqa: S106
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<s>' + message.role + '\n\n' + message.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant\n\n' }}{% endif %}"
+    )
+    turns = [ChatMessage(Role.USER, "x"), ChatMessage(Role.ASSISTANT, "y")]
+    rendered = render(tokenizer, turns)
+    prompt = render(tokenizer, turns[:1], add_generation_prompt=True).token_ids
+    assert rendered.token_ids[: rendered.spans[0].start] == prompt
+    whole = list(tokenizer("<s>user\n\nx</s><s>assistant\n\ny</s>")["input_ids"])
+    assert whole[: len(prompt)] != prompt  # or this would show nothing
 
 
 def test_the_fast_way_is_taken_where_the_template_has_special_tokens(
