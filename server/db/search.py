@@ -18,8 +18,8 @@ RANK_OFFSET = 60
 # How many chunks each leg gives to the fusion, at least: a chunk may be far down in one and first in the other.
 FUSED_PER_LEG = 100
 # Up to so many chunks all are compared with a query's terms. In a larger collection the candidates are the chunks that hold its rarest
-# words: words are added, from the rarest on, until they stand in so many chunks together.
-COMPARED_CHUNKS = 20_000
+# words: words are added, from the rarest on, until they stand in so many chunks together. On 7,000 English passages 200 lost nothing.
+COMPARED_CHUNKS = 5_000
 
 # Documents that may be found.
 _SEARCHED = """
