@@ -98,7 +98,8 @@ def read_arcd(path: Path) -> Collection:
 
 def read_gsm8k(path: Path, most: int) -> Collection:
     """Read GSM8K: the last sentence of a problem asks, the others and the solution are the passage."""
-    passages, queries = [], []
+    passages: list[str] = []
+    queries: list[tuple[str, int]] = []
     for line in path.read_text().splitlines()[:most]:
         record = json.loads(line)
         *story, question = re.split(r"(?<=[.!?])\s+", record["question"].strip())
