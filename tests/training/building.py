@@ -95,7 +95,7 @@ class Workplace:
 
     root: Path
     order: FineTuneOrder
-    models: Path
+    models: Path | None = None  # where base models lie, if not below the root
 
     @classmethod
     def build(cls, root: Path, *, family: str = "llama", chat_template: bool = True, models: Path | None = None) -> "Workplace":
@@ -105,7 +105,7 @@ class Workplace:
         technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
         spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
         order = FineTuneOrder("job_1", 1, spec, describe_dataset("ds_1"), "default/jobs/job_1", "default/models/mdl_1/job_1-1")
-        return cls(root, order, models or root / "models")
+        return cls(root, order, models)
 
     @property
     def store(self) -> ArtefactStore:
@@ -135,7 +135,7 @@ class Workplace:
             if emit is not None:
                 emit(event)
 
-        source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.models], offline=True)
+        source = BaseModelSource(self.root / "cache", allowed_local_roots=[self.models or self.root / "models"], offline=True)
         self.order = replace(self.order, dataset=self._seal(self.order.dataset))
         if self.order.eval_dataset is not None:
             self.order = replace(self.order, eval_dataset=self._seal(self.order.eval_dataset))

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
+from server.datafiles.tokens import TokenizedRecords
 from server.domain.specs import Scheduler
 from server.training.batches import BatchPlan, make_micro_batch, split_micro_batches
-from server.training.data import TokenizedRecords
 from server.training.schedule import learning_rate
 
 

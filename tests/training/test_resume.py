@@ -5,7 +5,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.training.building import Workplace, make_pairs, write_records
 
 E = TypeVar("E", bound=ChildEvent)
 # A rate at which the second step undoes what the first has learnt: 6.06, 5.75, 6.07.
-BREAKING = {"learning_rate": 0.1, "scheduler": Scheduler.CONSTANT, "evaluate_every_steps": 1, "keep_best": True}
+BREAKING: dict[str, Any] = {"learning_rate": 0.1, "scheduler": Scheduler.CONSTANT, "evaluate_every_steps": 1, "keep_best": True}
 LORA = LoraTechnique(rank=4, alpha=8.0, dropout=0.2)
 
 
