@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from server.basemodels.sources import BaseModelSource
@@ -95,7 +95,7 @@ class Workplace:
 
     root: Path
     order: FineTuneOrder
-    models: Path | None = None  # where base models lie, if not below the root
+    models: Path | None = field(default=None, kw_only=True)  # where base models lie, if not below the root
 
     @classmethod
     def build(cls, root: Path, *, family: str = "llama", chat_template: bool = True, models: Path | None = None) -> "Workplace":
@@ -105,7 +105,7 @@ class Workplace:
         technique = LoraTechnique(rank=4, alpha=8.0, dropout=0.1)
         spec = FineTuneSpec(str(base), "ds_1", "0" * 64, technique, make_parameters(), eval_fraction=0.2)
         order = FineTuneOrder("job_1", 1, spec, describe_dataset("ds_1"), "default/jobs/job_1", "default/models/mdl_1/job_1-1")
-        return cls(root, order, models)
+        return cls(root, order, models=models)
 
     @property
     def store(self) -> ArtefactStore:
