@@ -100,7 +100,7 @@ class PTuning:
     encoder_hidden_size: int | None = None
     kind: Literal["p_tuning"] = "p_tuning"
     family: ClassVar = TechniqueFamily.PEFT
-    default_learning_rate: ClassVar = 3e-3
+    default_learning_rate: ClassVar = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class AdaLora:
     target_rank: int = 16
     kind: Literal["adalora"] = "adalora"
     family: ClassVar = TechniqueFamily.PEFT
-    default_learning_rate: ClassVar = 2e-3
+    default_learning_rate: ClassVar = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Vera:
     rank: int = 256
     kind: Literal["vera"] = "vera"
     family: ClassVar = TechniqueFamily.PEFT
-    default_learning_rate: ClassVar = 1e-2
+    default_learning_rate: ClassVar = 3e-2
 
 
 @dataclass(frozen=True, slots=True)
