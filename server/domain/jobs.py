@@ -96,6 +96,7 @@ class FailureReason(StrEnum):
 
 OUT_OF_MEMORY_SUGGESTION = "Lower batch_size or max_sequence_tokens, or take a smaller base model."
 
+
 class JobFailure(Exception):
     """A job cannot succeed by trying again. `message` is for its owner (no paths, no tracebacks), `suggestion` says what to change."""
 

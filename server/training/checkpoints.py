@@ -51,9 +51,7 @@ class Checkpoints:
                 raise ArtefactInvalid("It is not there.")
             return self._load(self.best_path).step
         except ArtefactInvalid as error:
-            told = (
-                f"The checkpoint of step {position.best_step}, the best, cannot be read: {error} The last weights are taken."
-            )
+            told = f"The checkpoint of step {position.best_step}, the best, cannot be read: {error} The last weights are taken."
             self.emit(Warned("BEST_CHECKPOINT_LOST", told))
             return position.step
 

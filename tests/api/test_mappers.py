@@ -23,7 +23,7 @@ from modeltraining.v1 import (
     training_service_pb2,
 )
 
-from server.api.mappers import catalogue, datasets, documents, events, fine_tuning, generation, jobs, models, rag, retrieval
+from server.api.mappers import catalogue, datasets, documents, events, fine_tuning, generation, jobs, models, rag, retrieval, techniques
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS, Pooling
@@ -32,22 +32,26 @@ from server.domain.documents import DocumentState
 from server.domain.errors import ErrorData
 from server.domain.events import (
     CheckpointSaved,
+    DataChecked,
     Evaluated,
     IndexProgress,
     JobEvent,
+    LengthBucket,
     LoggedPayload,
+    Preparing,
+    Sampled,
     Started,
     StateChanged,
     StepDone,
     Warned,
 )
+from server.domain.findings import Finding
 from server.domain.generation import FinishReason, GenerationParameters, Role
 from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
 from server.domain.retrieval import MetadataCondition, MetadataValue, RetrievalOverrides, RetrievalSettings, SearchMode
-from server.domain.specs import LossOn, OverlongPolicy, ParametersRequest, Scheduler
-from server.domain.techniques import LoraTechnique
+from server.domain.specs import EarlyStopping, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
 from server.services.validation import Violations
 from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
 from tests.api.samples import DOCUMENT, FINE_TUNE, INDEX, JOB, MODEL, RAG_ANSWER, RAG_MODEL, TIME
@@ -86,7 +90,8 @@ def test_every_value_of_an_enum_goes_out_and_comes_back(kind: Any, prefix: str, 
 def test_an_unknown_or_unbuilt_value_is_named() -> None:
     found = Violations()
     enum_from_proto(training_job_pb2.TrainingJob.State, "STATE", training_job_pb2.TrainingJob.State.ValueType(99), JobState, found, "state")
-    enum_from_proto(dataset_pb2.Dataset.Format, "FORMAT", dataset_pb2.Dataset.FORMAT_PARQUET, DatasetFormat, found, "format")
+    # A member of the contract that the domain does not have, as one that is promised and not built would be.
+    enum_from_proto(dataset_pb2.Dataset.Format, "FORMAT", dataset_pb2.Dataset.FORMAT_PARQUET, SearchMode, found, "format")
     assert named(found) == ["state", "format"]
 
 
@@ -119,19 +124,28 @@ def test_zero_is_not_the_same_as_left_out() -> None:
     assert asked == ParametersRequest(epochs=0, warmup_ratio=0, seed=0)
 
 
-def test_what_is_not_built_yet_is_refused_by_name() -> None:
+def test_everything_that_may_be_said_of_a_training_is_read() -> None:
     found = Violations()
-    request = json_format.ParseDict(
-        {
-            "qlora": {},
-            "parameters": {"packing": True, "early_stopping": {}, "loss_on": "LOSS_ON_ALL", "overlong_policy": "OVERLONG_POLICY_SPLIT"},
-        },
-        model_service_pb2.CreateFineTunedModelRequest(),
-    )
-    models.create_fine_tuned_from_proto(request, found)
-    assert sorted(named(found)) == sorted(
-        ["qlora", "parameters.packing", "parameters.early_stopping", "parameters.loss_on", "parameters.overlong_policy"]
-    )
+    said = {
+        "packing": False,
+        "early_stopping": {"patience": 2, "min_delta": 0.5},
+        "loss_on": "LOSS_ON_ALL",
+        "overlong_policy": "OVERLONG_POLICY_SPLIT",
+        "objective": "OBJECTIVE_ORPO",
+        "preference_strength": 0.2,
+        "micro_batch_tokens": 512,
+        "gradient_checkpointing": True,
+        "retry_out_of_memory": False,
+        "checkpointing": {"keep_best": False},
+        "evaluation": {"sample_prompts": ["Hi"], "sample_tokens": 8},
+    }
+    asked = fine_tuning.parameters_from_proto(json_format.ParseDict(said, fine_tuning_pb2.TrainingParameters()), found)
+    assert named(found) == []
+    assert asked == ParametersRequest(
+        packing=False, early_stopping=EarlyStopping(2, 0.5), loss_on=LossOn.ALL, overlong_policy=OverlongPolicy.SPLIT,
+        objective=Objective.ORPO, preference_strength=0.2, micro_batch_tokens=512, gradient_checkpointing=True, retry_out_of_memory=False,
+        keep_best=False, sample_prompts=("Hi",), sample_tokens=8,
+    )  # fmt: skip
 
 
 def test_scoring_again_is_refused_until_it_is_built() -> None:
@@ -180,7 +194,7 @@ def test_a_condition_that_tests_nothing_is_refused_by_its_place(condition: dict[
 
 def test_the_effective_configuration_reads_back_as_what_was_resolved() -> None:
     config = fine_tuning.fine_tune_to_proto(FINE_TUNE)
-    assert fine_tuning.lora_from_proto(config.lora) == FINE_TUNE.technique
+    assert techniques.lora_from_proto(config.lora, Violations(), "lora") == FINE_TUNE.technique
     asked = fine_tuning.parameters_from_proto(config.parameters, Violations())
     resolved = FINE_TUNE.parameters
     assert (asked.epochs, asked.batch_size, asked.learning_rate, asked.scheduler) == (
@@ -189,9 +203,6 @@ def test_the_effective_configuration_reads_back_as_what_was_resolved() -> None:
     assert (asked.warmup_steps, asked.evaluate_every_steps, asked.checkpoint_every_steps, asked.seed) == (
         resolved.warmup_steps, resolved.evaluate_every_steps, resolved.checkpoint_every_steps, resolved.seed,
     )  # fmt: skip
-    assert fine_tuning.lora_from_proto(fine_tuning.lora_to_proto(LoraTechnique(8, 4.0, 0.1, ("q_proj",)))) == LoraTechnique(
-        8, 4.0, 0.1, ("q_proj",)
-    )
 
 
 def test_unknown_roles_are_named_and_do_not_hide_other_turns() -> None:
@@ -261,6 +272,9 @@ PAYLOADS: Sequence[tuple[LoggedPayload, str]] = [
     (StepDone(1, 10, 0.1, 2.0, 1e-3, 0.5, 100, 50, 250.0, 9.0, 10**9), "step"),
     (Evaluated(5, 1.5, 100, 2, 0.1, best=True), "evaluation"),
     (CheckpointSaved(5, "default/jobs/secret/path", 10), "checkpoint"),
+    (Preparing(5, 10, 700), "preparing"),
+    (DataChecked(8, 2, 700, 300, 1, 2, (LengthBucket(64, 10),), (Finding(3, "DUPLICATE", "Again.", count=2),), 0.5, True), "data_checked"),
+    (Sampled(5, "Who?", "Me."), "sample"),
     (Warned("RECORDS_DROPPED", "Two."), "warning"),
     (IndexProgress("doc_1", 1, 2, 3, "bad"), "document_indexed"),
 ]

@@ -70,7 +70,7 @@ def _configure(model: BaseModel) -> Mapping[str, object]:
 def _build(model: BaseModel) -> PreTrainedModel:
     config = AutoConfig.for_model(model.family, **_configure(model))
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
+        built = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     assert isinstance(built, PreTrainedModel)
     return built
 

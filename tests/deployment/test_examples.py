@@ -38,32 +38,32 @@ def documents() -> dict[str, str]:
 
 def test_there_are_a_few_hundred_records_in_both_languages() -> None:
     records = read_records("training.jsonl")
-    arabic = sum(has_arabic(record.messages[-1].content) for record in records)
+    arabic = sum(has_arabic(record.turns[-1].content) for record in records)
     assert 250 <= len(records) <= 400
     assert arabic >= 50
     assert len(records) - arabic >= 200
-    assert not any(record.is_completion for record in records)
+    assert not any(record.is_plain for record in records)
 
 
 def test_both_forms_of_records_are_shown() -> None:
-    assert all(record.is_completion for record in read_records("announcements.jsonl"))
+    assert all(record.is_plain for record in read_records("announcements.jsonl"))
 
 
 def test_no_question_is_trained_twice_or_held_out_and_trained() -> None:
-    trained = [record.messages[0].content for record in read_records("training.jsonl") if len(record.messages) == 2]
-    held_out = [record.messages[0].content for record in read_records("held_out.jsonl")]
+    trained = [record.turns[0].content for record in read_records("training.jsonl") if len(record.turns) == 2]
+    held_out = [record.turns[0].content for record in read_records("held_out.jsonl")]
     assert len(set(trained)) == len(trained)
     assert not set(trained) & set(held_out)
 
 
 def test_every_held_out_answer_is_taught_in_at_least_seven_wordings() -> None:
-    taught = [record.messages[-1].content for record in read_records("training.jsonl")]
+    taught = [record.turns[-1].content for record in read_records("training.jsonl")]
     for record in read_records("held_out.jsonl"):
-        assert taught.count(record.messages[-1].content) >= 7, record.messages[-1].content
+        assert taught.count(record.turns[-1].content) >= 7, record.turns[-1].content
 
 
 def test_the_demo_asks_held_out_questions_whose_answers_hold_the_key(questions: dict[str, Any]) -> None:
-    answers = {record.messages[0].content: record.messages[-1].content for record in read_records("held_out.jsonl")}
+    answers = {record.turns[0].content: record.turns[-1].content for record in read_records("held_out.jsonl")}
     assert any(has_arabic(item["question"]) for item in questions["taught"])
     for item in questions["taught"]:
         assert item["key"] in answers[item["question"]]

@@ -72,6 +72,7 @@ def test_each_curl_line_calls_a_promised_path_with_fields_that_exist(command: Co
         assert (REPOSITORY / data[1:]).is_file()
     elif route.body:
         sent = request if route.body == "*" else request.fields_by_name[route.body].message_type
+        assert sent is not None
         json_format.ParseDict(json.loads(data or "{}"), new_message(sent))
     assert has_path(route.method.output_type, command.answer_path, "name")
 

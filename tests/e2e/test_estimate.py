@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from tests.e2e.calls import call_grpc
 from tests.e2e.stack import Stack
@@ -17,6 +18,7 @@ def estimate(stack: Stack, **changes: Any) -> Any:
     by_rest = httpx.post(f"{stack.api}/models/fine-tune/estimate", json=body, timeout=60)
     assert by_rest.is_success, by_rest.text
     by_grpc = call_grpc(stack.grpc_target, "ModelService/EstimateFineTune", {"fine_tune": body})
+    assert isinstance(by_grpc, Message), by_grpc
     printed = json_format.MessageToDict(by_grpc, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     assert {**by_rest.json(), "duration_seconds": 0} == {**printed, "duration_seconds": 0}
     return by_rest.json()
