@@ -69,13 +69,13 @@ async def test_a_resource_comes_unwrapped_in_snake_case_with_its_zeros(rest: htt
 async def test_all_bad_fields_are_named_at_once(rest: httpx.AsyncClient) -> None:
     body = {
         "display_name": "", "base_model": "unknown", "inline_records": [{"messages": [{"role": "boss", "content": "x"}]}],
-        "qlora": {}, "parameters": {"learning_rate": "NaN", "epochs": 1e9, "packing": True, "loss_on": "LOSS_ON_ALL"},
+        "peft": {}, "parameters": {"learning_rate": "NaN", "epochs": 1e9, "scheduler": 99, "early_stopping": {}},
     }  # fmt: skip
     answer = await rest.post("/models/fine-tune", json=body)
     assert answer.status_code == 400
     assert read_bad_fields(answer) == sorted(
-        ["display_name", "base_model", "inline_records[0]", "qlora", "parameters.learning_rate", "parameters.epochs", "parameters.packing",
-         "parameters.loss_on"]
+        ["display_name", "base_model", "inline_records[0]", "peft.method", "parameters.learning_rate", "parameters.epochs",
+         "parameters.scheduler", "parameters.early_stopping"]
     )  # fmt: skip
     asked = {"model_id": "x", "messages": [{"role": "boss", "content": "x"}], "parameters": {"temperature": -1, "max_tokens": 10**9}}
     answer = await rest.post("/inference", json=asked)

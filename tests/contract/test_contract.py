@@ -47,6 +47,12 @@ PROMISED = (
     ("get", "/base-models", "ModelService.ListBaseModels"),
     ("get", "/embedding-models", "ModelService.ListEmbeddingModels"),
     ("get", "/training-jobs/{job_id}/watch", "TrainingService.WatchTrainingJob"),
+    ("post", "/training-jobs/{job_id}/pause", "TrainingService.PauseTrainingJob"),
+    ("post", "/training-jobs/{job_id}/resume", "TrainingService.ResumeTrainingJob"),
+    ("post", "/training-jobs/{job_id}/retry", "TrainingService.RetryTrainingJob"),
+    ("get", "/training-jobs/{job_id}/attempts", "TrainingService.ListTrainingJobAttempts"),
+    ("get", "/training-jobs/{job_id}/events", "TrainingService.ListTrainingJobEvents"),
+    ("get", "/training-jobs/{job_id}/checkpoints", "TrainingService.ListCheckpoints"),
     ("get", "/training-jobs/{job_id}/metrics", "TrainingService.GetTrainingMetrics"),
     ("post", "/datasets", "TrainingService.UploadDataset"),
     ("post", "/datasets/import", "TrainingService.ImportDataset"),
@@ -149,10 +155,15 @@ def test_a_created_thing_can_be_asked_for_twice_and_tried() -> None:
         assert {"request_id", "validate_only"} <= messages[name], name
 
 
+# A job keeps a few checkpoints, a version has a few dozen files; events are paged by their own numbers.
+PAGED_OTHERWISE = {"ListCheckpoints", "ListModelFiles", "ListTrainingJobEvents"}
+
+
 def test_every_list_is_paged() -> None:
     messages = {message.name: {field.name for field in message.field} for _, message in walk_messages()}
     lists = {name.split(".")[1] for name, _ in read_methods() if ".List" in name}
-    for name in lists:
+    assert {"page_size", "after_sequence"} <= messages["ListTrainingJobEventsRequest"]
+    for name in lists - PAGED_OTHERWISE:
         assert {"page_size", "page_token"} <= messages[f"{name}Request"], name
         assert "next_page_token" in messages[f"{name}Response"], name
 

@@ -61,7 +61,10 @@ def tuned(stack: Stack) -> dict[str, Any]:
 def test_the_upload_names_the_bad_record_and_lies_where_it_shall(stack: Stack, tuned: dict[str, Any]) -> None:
     dataset = tuned["dataset"]
     assert (dataset["record_count"], dataset["invalid_record_count"]) == (5, 1)
-    assert [(finding["line"], finding["code"]) for finding in dataset["findings"]] == [(6, "BROKEN_JSON")]
+    errors = [finding for finding in dataset["findings"] if finding["severity"] == "SEVERITY_ERROR"]
+    assert [(finding["line"], finding["code"]) for finding in errors] == [(6, "BROKEN_JSON")]
+    # The same record five times is told of, and trained.
+    assert {finding["code"]: finding["count"] for finding in dataset["finding_counts"]} == {"DUPLICATE": 4, "BROKEN_JSON": 1}
     assert list(stack.storage_path.glob(f"**/{dataset['dataset_id']}/records.jsonl"))
 
 
