@@ -44,7 +44,8 @@ async def record_payloads(connection: AsyncConnection, job: LockedJob, payloads:
                 continue
             last_step, tokens = payload.step, max(tokens, payload.tokens)
             memory_bytes = max(memory_bytes, payload.memory_bytes)
-        if isinstance(payload, Evaluated) and (best is None or payload.loss < best.eval_loss):
+        # The trainer says which is the best: the base model before step 1 is none that a version could be made of.
+        if isinstance(payload, Evaluated) and payload.best:
             best = Best(payload.step, payload.loss)
         progress = _advance(progress, payload)
         job.log(payload)

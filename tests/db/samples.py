@@ -99,9 +99,9 @@ def make_step(step: int, total: int = 100) -> StepDone:
     return StepDone(step, total, step / total, 3.0 - step / total, 1e-4, 0.5, step * 100, step * 40, 250.0, float(total - step), step * 10)
 
 
-def make_evaluation(step: int, loss: float) -> Evaluated:
+def make_evaluation(step: int, loss: float, *, best: bool = True) -> Evaluated:
     """The event of an evaluation."""
-    return Evaluated(step, loss, 500, 5, 0.1)
+    return Evaluated(step, loss, 500, 5, 0.1, best)
 
 
 def make_checkpoint(step: int, epoch: int = 1) -> Checkpoint:

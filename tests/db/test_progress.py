@@ -21,8 +21,8 @@ async def test_events_are_the_progress_of_the_job(database: PostgresDatabase, qu
 
 async def test_the_best_evaluation_is_kept(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
     lease = await start_job(database, queue)
-    await queue.append(lease, [make_evaluation(0, 3.0), make_evaluation(5, 1.5)])
-    await queue.append(lease, [make_evaluation(10, 2.0)])
+    await queue.append(lease, [make_evaluation(0, 1.0, best=False), make_evaluation(5, 1.5)])
+    await queue.append(lease, [make_evaluation(10, 2.0, best=False)])
     assert (await read_job(database, lease.job_id)).best == Best(5, 1.5)
 
 
