@@ -1,7 +1,5 @@
 """A job that is killed, paused or moved goes on bit for bit, whatever it trains by and for; its result is of the best weights."""
 
-import os
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from server.domain.techniques import AdaLora, FullTechnique, LoraTechnique, Pref
 from server.training.artefact import WEIGHTS_NAME
 from tests.tiny_models import build_tiny_causal_model
 from tests.training.building import Workplace, make_pairs, write_records
+from tests.training.dying import kill_after
 
 E = TypeVar("E", bound=ChildEvent)
 # A rate at which the second step undoes what the first has learnt: 6.06, 5.75, 6.07.
@@ -73,17 +72,6 @@ CASES: dict[str, tuple[Technique, Objective]] = {
     "adalora": (AdaLora(initial_rank=6, target_rank=3), Objective.SUPERVISED),
     "prefix-dpo": (PrefixTuning(virtual_tokens=4), Objective.DPO),
 }
-
-
-def kill_after(step: int, workplace: Workplace) -> list[str]:
-    """Do the job in a copy of this process that kills itself with signal 9 right after a step; give the checkpoints it left."""
-    child = os.fork()
-    if child == 0:
-        workplace.train(emit=lambda event: os.kill(os.getpid(), signal.SIGKILL) if is_step(event, step) else None)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    return sorted(path.name for path in workplace.store.locate("default/jobs/job_1").iterdir())
 
 
 def is_step(event: ChildEvent, step: int) -> bool:
