@@ -16,7 +16,7 @@ from server.domain.jobs import FailureReason, JobFailure
 from server.training.batches import MicroBatch
 from server.training.checkpoint import Position
 from server.training.evaluation import Evaluation, evaluate, is_patience_over, note_loss
-from server.training.memory import compute_in_memory
+from server.training.memory import compute_in_memory, trim_heap
 from server.training.schedule import learning_rate
 from server.training.signals import PauseAsked, check_signals, check_stop
 from server.training.state import Run
@@ -52,6 +52,7 @@ def _train(run: Run, position: Position) -> None:
             run.optimiser.step()
             run.trained.after_step(position.step + 1)
         run.optimiser.zero_grad(set_to_none=True)
+        trim_heap()
         position.step += 1
         position.tokens += gradients.tokens
         position.trained_tokens += gradients.trained_tokens
