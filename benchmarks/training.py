@@ -8,6 +8,7 @@ answers' tokens. TRL runs twice: at its defaults in bf16, and at the best settin
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from server.__main__ import TORCH_ENVIRONMENT
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +88,9 @@ def run_side(side: str, directory: Path) -> Result:
     """Run one side in a process of its own; its last line of output is its result."""
     print(f"training: {SIDES[side]} …", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--side", side, "--records", str(directory)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    # Ours runs as a worker's child does.
+    environment = {**TORCH_ENVIRONMENT, **os.environ} if side == "ours" else dict(os.environ)
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment).stdout
     result: Result = json.loads(output.splitlines()[-1])
     return result
 
