@@ -65,7 +65,7 @@ def test_the_upload_names_the_bad_record_and_lies_where_it_shall(stack: Stack, t
     assert [(finding["line"], finding["code"]) for finding in errors] == [(6, "BROKEN_JSON")]
     # The same record five times is told of, and trained.
     assert {finding["code"]: finding["count"] for finding in dataset["finding_counts"]} == {"DUPLICATE": 4, "BROKEN_JSON": 1}
-    assert list(stack.storage_path.glob(f"**/{dataset['dataset_id']}/records.jsonl"))
+    assert list(stack.storage_path.glob(f"**/{dataset['dataset_id']}/records"))
 
 
 def test_what_was_left_out_is_filled_in_from_the_variables_and_echoed(tuned: dict[str, Any]) -> None:
