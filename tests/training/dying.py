@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 
+import torch
+
 from server.domain.events import StepDone
 from tests.training.building import Workplace
 
@@ -14,12 +16,13 @@ _FORKS.set_forkserver_preload([__name__])
 
 def kill_after(step: int, workplace: Workplace) -> list[str]:
     """Do the job in a process that kills itself with signal 9 right after a step; give the checkpoints it left."""
-    child = _FORKS.Process(target=_train_and_die, args=(step, workplace))
+    child = _FORKS.Process(target=_train_and_die, args=(step, workplace, torch.get_num_threads()))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     return sorted(path.name for path in workplace.store.locate("default/jobs/job_1").iterdir())
 
 
-def _train_and_die(step: int, workplace: Workplace) -> None:
+def _train_and_die(step: int, workplace: Workplace, threads: int) -> None:
+    torch.set_num_threads(threads)  # sums over another number of threads are other sums
     workplace.train(emit=lambda event: os.kill(os.getpid(), signal.SIGKILL) if isinstance(event, StepDone) and event.step == step else None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from server.domain.techniques import FullTechnique, Ia3, LoraTechnique, PrefixTuning, QloraTechnique, Technique
+from server.domain.techniques import FullTechnique, Ia3, LoraTechnique, QloraTechnique, Technique
 from tests.training.one_job import TECHNIQUE
 
 CACHE = Path(__file__).parents[2] / ".data" / "cache"
