@@ -35,9 +35,8 @@ from server.domain.retrieval import Chunk, Chunking, RetrievalOverrides, Retriev
 from server.domain.specs import IndexSpec
 from server.rag.embedding import Embedder
 from server.services.ports import ClaimLimits, Engine
-from server.services.rag_answers import RagAnswers
-from server.services.references import References
 from server.services.requests import Retrieve
+from server.services.retrieval import Retrieval
 
 ORGANIZATION = "benchmark"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -141,13 +140,13 @@ def _make_model() -> Model:
 
 
 async def measure(
-    answers: RagAnswers, model_id: str, documents: Sequence[str], queries: Sequence[tuple[str, int]], mode: SearchMode
+    retrieval: Retrieval, model_id: str, documents: Sequence[str], queries: Sequence[tuple[str, int]], mode: SearchMode
 ) -> Figures:
     """Ask every query, one after the other."""
     overrides = RetrievalOverrides(top_k=TOP_K, similarity_threshold=-1.0, search_mode=mode)
     ranks, milliseconds = [], []
     for query, place in queries:
-        found = await answers.retrieve(ORGANIZATION, Retrieve(model_id, query, overrides))
+        found = await retrieval.retrieve(ORGANIZATION, Retrieve(model_id, query, overrides))
         ids = [hit.document_id for hit in found.chunks]
         ranks.append(ids.index(documents[place]) + 1 if documents[place] in ids else 0)
         milliseconds.append(found.timings.search_seconds * 1e3)
@@ -156,13 +155,11 @@ async def measure(
     return Figures(reciprocal, statistics.fmean(map(bool, ranks)), statistics.median(milliseconds), slow)
 
 
-async def compare(
-    database: PostgresDatabase, source: BaseModelSource, embedder: Embedder, title: str, collection: Collection, spellings: Sequence[str]
-) -> None:
+async def compare(database: PostgresDatabase, embedder: Embedder, title: str, collection: Collection, spellings: Sequence[str]) -> None:
     """Print the table of one collection."""
     engine = EmbedderEngine(embedder)
     model_id, documents, milliseconds = await index(database, embedder, collection)
-    answers = RagAnswers(database, cast(Engine, engine), References(database, source))
+    retrieval = Retrieval(database, cast(Engine, engine))
     print(f"\n{title}: {len(documents):,} passages, {len(collection.queries):,} queries; {milliseconds:.1f} ms to commit a passage")
     print(f"{'mode':9}{'queries':26}{'MRR@10':>8}{'recall@10':>11}{'p50 ms':>8}{'p99 ms':>8}")
     for spelling in spellings:
@@ -171,7 +168,7 @@ async def compare(
         if len(modes) > 1:
             engine.prepare([query for query, _ in queries])
         for mode in modes:
-            got = await measure(answers, model_id, documents, queries, mode)
+            got = await measure(retrieval, model_id, documents, queries, mode)
             print(f"{mode:9}{spelling:26}{got.reciprocal_rank:8.3f}{got.recall:11.3f}{got.median_ms:8.1f}{got.slow_ms:8.1f}", flush=True)
 
 
@@ -186,8 +183,8 @@ async def run(data_path: Path, english_records: int) -> None:
             database = PostgresDatabase(server.get_uri())
             print(__doc__.split("\n\n")[1])
             arabic, english = read_arcd(data_path / "arcd/arcd-train.json"), read_gsm8k(data_path / "gsm8k/train.jsonl", english_records)
-            await compare(database, source, embedder, "ARCD (Arabic)", arabic, list(SPELLINGS))
-            await compare(database, source, embedder, "GSM8K (English)", english, ["as it is"])
+            await compare(database, embedder, "ARCD (Arabic)", arabic, list(SPELLINGS))
+            await compare(database, embedder, "GSM8K (English)", english, ["as it is"])
             await database.close()
         finally:
             server.cleanup()

@@ -91,9 +91,9 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.job_control import JobControl
     from server.services.model_service import ModelService
     from server.services.previews import Previews
-    from server.services.rag_answers import RagAnswers
     from server.services.rag_models import RagModels
     from server.services.references import References
+    from server.services.retrieval import Retrieval
     from server.services.training_parameters import FineTuneDefaults
     from server.services.training_service import TrainingService
     from server.services.versions import Versions
@@ -114,7 +114,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     services = Services(
         models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
-        inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
+        inference=InferenceService(engine, references, Retrieval(database, engine)),
         versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
         previews=Previews(database, engine, base_models),
     )

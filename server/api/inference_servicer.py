@@ -81,7 +81,7 @@ class InferenceServicer(InferenceServiceServicer):
     async def Retrieve(self, request: pb.RetrieveRequest, context: Context[pb.RetrieveRequest, pb.RetrieveResponse]) -> pb.RetrieveResponse:
         """Search without generating."""
         wanted = _decode_retrieve(request)
-        return retrieved_to_proto(await self._service.rag.retrieve(self._organization, wanted))
+        return retrieved_to_proto(await self._service.retrieval.retrieve(self._organization, wanted))
 
 
 # What decoding finds bad is told together with what the plain checks find: a generation has no trial run.

@@ -18,6 +18,7 @@ from server.services.ports import Engine
 from server.services.rag_answers import RagAnswers
 from server.services.references import References
 from server.services.requests import Generate
+from server.services.retrieval import Retrieval
 from server.services.validation import MAX_PROMPT_CHARACTERS, Violations, check_generation, check_messages
 
 
@@ -43,12 +44,13 @@ class GenerationStream:
 
 
 class InferenceService:
-    """Use cases of generation; those of RAG models are in `rag`."""
+    """Use cases of generation; searches are in `retrieval`, answers from documents in `rag`."""
 
-    def __init__(self, engine: Engine, references: References, rag: RagAnswers) -> None:
+    def __init__(self, engine: Engine, references: References, retrieval: Retrieval) -> None:
         self._engine = engine
         self._references = references
-        self.rag = rag
+        self.retrieval = retrieval
+        self.rag = RagAnswers(retrieval, engine, references)
 
     async def generate(self, organization: str, request: Generate, request_id: str) -> Generation:
         """Answer as a whole. Raises InvalidInput, NotFound, FailedPrecondition, ResourceExhausted, Unavailable."""

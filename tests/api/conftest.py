@@ -27,9 +27,9 @@ from server.services.job_control import JobControl
 from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.previews import Previews
-from server.services.rag_answers import RagAnswers
 from server.services.rag_models import RagModels
 from server.services.references import References
+from server.services.retrieval import Retrieval
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
 from server.services.versions import Versions
@@ -66,7 +66,7 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     services = Services(
         models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
-        inference=InferenceService(engine, references, RagAnswers(database, engine, references)),
+        inference=InferenceService(engine, references, Retrieval(database, engine)),
         versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),
         previews=Previews(database, engine, source),
     )

@@ -10,7 +10,8 @@ from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, Citation, RetrievalSettings, RetrievedChunk, Scores
 from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
-from server.services.rag_answers import RagAnswer, RagFinished, RetrievalTimings, Sources
+from server.services.rag_answers import RagAnswer, RagFinished, Sources
+from server.services.retrieval import RetrievalTimings
 
 TIME = datetime(2026, 11, 23, tzinfo=UTC)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from server.basemodels.sources import BaseModelSource
 from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import NewDocument
@@ -17,10 +16,9 @@ from server.domain.jobs import JobState
 from server.domain.models import Model
 from server.domain.retrieval import MetadataCondition, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
-from server.services.rag_answers import RagAnswers
 from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
-from server.services.references import References
 from server.services.requests import Retrieve
+from server.services.retrieval import Retrieval
 from tests.db.samples import ORGANIZATION, add_model, make_chunks, make_rag_model, make_vectors, start_job
 
 TEXTS = ("منارة أورفال تضيء الميناء منذ ١٨٨٤.", "The lighthouse of Orvale lights the harbour.")
@@ -30,13 +28,13 @@ TEXTS = ("منارة أورفال تضيء الميناء منذ ١٨٨٤.", "Th
 class Library:
     """The use cases over a model with two documents. Its engine does not run: whatever needs an embedding fails."""
 
-    answers: RagAnswers
+    retrieval: Retrieval
     model: Model
 
     async def find(self, query: str, **asked: object) -> list[str]:
         """Search by words; give the texts found."""
         overrides = RetrievalOverrides(**{"search_mode": SearchMode.LEXICAL, **asked})  # type: ignore[arg-type]  # plain test data
-        found = await self.answers.retrieve(ORGANIZATION, Retrieve(self.model.model_id, query, overrides))
+        found = await self.retrieval.retrieve(ORGANIZATION, Retrieve(self.model.model_id, query, overrides))
         return [hit.chunk.text for hit in found.chunks]
 
 
@@ -53,7 +51,7 @@ async def library(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[L
     await queue.change_state(lease, JobState.FINALIZING, "")
     await queue.complete(lease, ResultReady())
     engine = EngineClient(tmp_path / "no-engine.sock")
-    yield Library(RagAnswers(database, engine, References(database, BaseModelSource(tmp_path, offline=True))), model)
+    yield Library(Retrieval(database, engine), model)
     await engine.close()
 
 

@@ -6,8 +6,8 @@ from server.api.mappers.documents import metadata_to_proto
 from server.api.mappers.filters import filter_from_proto, filter_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto
 from server.domain.retrieval import Chunking, Citation, RetrievalOverrides, RetrievalSettings, RetrievedChunk, Scores, SearchMode
-from server.services.rag_answers import RetrievalTimings, Retrieved
 from server.services.requests import Retrieve
+from server.services.retrieval import RetrievalTimings, Retrieved
 from server.services.validation import Violations
 
 # Promised by the contract, not built yet: refused rather than passed over.

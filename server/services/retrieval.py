@@ -1,0 +1,104 @@
+"""Searching a RAG model's documents: what a query is turned into, the legs that run, and what is refused. Knows nothing of answers."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.domain.errors import FailedPrecondition
+from server.domain.generation import EmbedRole
+from server.domain.models import ModelState, RagConfiguration
+from server.domain.retrieval import MetadataFilter, RetrievalSettings, RetrievedChunk, Search, SearchMode
+from server.services.lexical.analysis import analyse_query
+from server.services.ports import Database, Engine, Transaction
+from server.services.rag_models import merge_retrieval
+from server.services.requests import Retrieve
+from server.services.validation import Violations, check_retrieval
+
+MAX_QUERY_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalTimings:
+    """Seconds by stage."""
+
+    embed_seconds: float
+    search_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """What a search found, with the settings that it used."""
+
+    chunks: Sequence[RetrievedChunk]
+    settings: RetrievalSettings
+    timings: RetrievalTimings
+
+
+class Retrieval:
+    """The use case Retrieve, and the search that answers and evaluations are made of."""
+
+    def __init__(self, database: Database, engine: Engine) -> None:
+        self._database = database
+        self._engine = engine
+
+    async def retrieve(self, organization: str, request: Retrieve) -> Retrieved:
+        """Search without generating. Raises InvalidInput, NotFound, FailedPrecondition, Unavailable."""
+        found = Violations()
+        check_query(found, request.model_id, request.query)
+        check_retrieval(found, request.retrieval)
+        found.raise_if_any()
+        rag = await self.read_configuration(organization, request.model_id)
+        return await self.search(organization, request.model_id, request.query, rag, merge_retrieval(rag.retrieval, request.retrieval))
+
+    async def read_configuration(self, organization: str, model_id: str) -> RagConfiguration:
+        """Read how a RAG model searches and answers. Raises NotFound, FailedPrecondition for another model or one that is not READY."""
+        async with self._database.transaction(organization) as transaction:
+            model = await transaction.models.get(model_id)
+        metadata = {"model_id": model_id, "state": model.state.value}
+        if model.rag is None:
+            raise FailedPrecondition("This is no RAG model: ask it at /inference (Generate).", reason="NOT_A_RAG_MODEL", metadata=metadata)
+        if model.state is not ModelState.READY:
+            raise FailedPrecondition(f"The model is {model.state.value}, not READY.", reason="MODEL_NOT_READY", metadata=metadata)
+        return model.rag
+
+    async def search(self, organization: str, model_id: str, query: str, rag: RagConfiguration, settings: RetrievalSettings) -> Retrieved:
+        """Find the chunks for a query that was checked, best first."""
+        _check_weights(settings)
+        start = time.perf_counter()
+        vector: Sequence[float] = ()
+        if settings.search_mode is not SearchMode.LEXICAL:
+            vector = (await self._engine.embed(rag.embedding_model, [query], EmbedRole.QUERY))[0]
+        embedded = time.perf_counter()
+        search = Search(settings, vector, analyse_query(query) if settings.search_mode is not SearchMode.DENSE else ())
+        async with self._database.transaction(organization) as transaction:
+            chunks = await transaction.documents.search(model_id, search)
+            if not chunks and settings.filter:
+                await _check_filter(transaction, model_id, settings.filter)
+        end = time.perf_counter()
+        return Retrieved(chunks, settings, RetrievalTimings(embedded - start, end - embedded, end - start))
+
+
+def check_query(found: Violations, model_id: str, query: str) -> None:
+    """Check what every question carries."""
+    if not model_id:
+        found.add("model_id", "is required")
+    found.text("query", query, MAX_QUERY_CHARACTERS, least=1)
+
+
+def _check_weights(settings: RetrievalSettings) -> None:
+    if settings.search_mode is SearchMode.HYBRID and not settings.dense_weight and not settings.lexical_weight:
+        found = Violations()
+        found.add("retrieval.dense_weight", "must not be 0 where lexical_weight is 0 too: nothing would be searched")
+        found.raise_if_any()
+
+
+async def _check_filter(transaction: Transaction, model_id: str, where: MetadataFilter) -> None:
+    """Refuse keys that no document has, where nothing was found: most likely they are misspelt. Asking whether a key exists is fine."""
+    keys = [condition.key for condition in where if condition.exists is None]
+    unknown = set(await transaction.documents.list_unknown_keys(model_id, keys)) if keys else set()
+    found = Violations()
+    for place, condition in enumerate(where):
+        if condition.exists is None and condition.key in unknown:
+            found.add(f"retrieval.filter.conditions[{place}].key", f"no document of this model has {condition.key!r} in its metadata")
+    found.raise_if_any()
