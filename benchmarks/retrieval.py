@@ -34,7 +34,8 @@ from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.domain.specs import IndexSpec
 from server.rag.embedding import Embedder
-from server.services.ports import ClaimLimits, Engine
+from server.services.job_queue import ClaimLimits
+from server.services.ports import Engine
 from server.services.requests import Retrieve
 from server.services.retrieval import Retrieval
 

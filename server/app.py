@@ -154,7 +154,7 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     from server.jobs.localchild import LocalExecution
     from server.jobs.runner import JobRunner, LeaseTerms
     from server.jobs.worker import Worker
-    from server.services.ports import ClaimLimits
+    from server.services.job_queue import ClaimLimits
 
     assert settings.database_url is not None
     database = PostgresDatabase(settings.database_url, application_name="model-training-worker")

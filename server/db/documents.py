@@ -11,8 +11,8 @@ from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from server.db.document_tables import chunk_vectors, chunks, documents
 from server.db.search import build_search
-from server.db.tables import chunk_vectors, chunks, documents
 from server.db.terms import delete_terms, insert_terms
 from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound

@@ -9,8 +9,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from server.db.document_tables import documents
 from server.db.failures import violated_constraint
-from server.db.tables import IS_ACTIVE, documents, jobs, model_exports, model_versions, models
+from server.db.tables import IS_ACTIVE, jobs, model_exports, model_versions, models
 from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
 from server.domain.jobs import JobKind

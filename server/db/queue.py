@@ -10,12 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.db import settlement
 from server.db.database import PostgresDatabase
 from server.db.datasets import dataset_file_from_row
+from server.db.document_tables import IS_PENDING, documents
 from server.db.documents import replace_chunks
 from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
 from server.db.models import version_from_row
 from server.db.progress import record_payloads
-from server.db.tables import IS_HELD, IS_PENDING, IS_QUEUED, checkpoints, datasets, documents, jobs, model_exports, model_versions, models
+from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, model_exports, model_versions, models
 from server.domain.documents import DocumentState
 from server.domain.errors import ErrorData, FailedPrecondition
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
@@ -24,7 +25,7 @@ from server.domain.models import ModelVersion
 from server.domain.orders import DocumentText
 from server.domain.retrieval import Chunk
 from server.domain.specs import ExportSpec, FineTuneSpec, VersionReference
-from server.services.ports import Claim, ClaimLimits, Lease
+from server.services.job_queue import Claim, ClaimLimits, Lease
 
 CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that each counts what the others hold
 MAX_REAPED = 100  # jobs in one transaction

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import CursorResult, delete, insert, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.tables import chunk_terms
+from server.db.document_tables import chunk_terms
 from server.domain.retrieval import Chunk
 from server.services.lexical.analysis import TERM_NUMBERS, PassageTerms, analyse_passage
 

@@ -12,7 +12,7 @@ from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, Index
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.trees import DiskTree, ObjectTree, Tree, remove_objects
 from server.services.codec import Codec
-from server.services.ports import Claim
+from server.services.job_queue import Claim
 from server.storage.objects import RemoteObjects, StorageUnavailable
 
 _logger = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from server.domain.events import (
 )
 from server.domain.jobs import Checkpoint, JobState
 from server.jobs.files import JobFiles
-from server.services.ports import JobQueue, Lease
+from server.services.job_queue import JobQueue, Lease
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.execution import Execution, RunningWork, WorkEnd
 from server.jobs.files import JobFiles
 from server.jobs.relay import Relay, persist
-from server.services.ports import Claim, JobQueue
+from server.services.job_queue import Claim, JobQueue
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import time
 from server.domain.errors import Unavailable
 from server.jobs.files import JobFiles
 from server.jobs.runner import JobRunner, LeaseTerms
-from server.services.ports import Claim, ClaimLimits, JobQueue
+from server.services.job_queue import Claim, ClaimLimits, JobQueue
 
 _logger = logging.getLogger(__name__)
 

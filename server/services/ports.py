@@ -3,7 +3,7 @@
 Everything that a `Transaction` reads or writes belongs to the organization that it was opened for.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,12 @@ from typing import Protocol
 
 from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
 from server.domain.documents import Document, DocumentState, NewDocument
-from server.domain.errors import ErrorData
-from server.domain.events import Evaluated, JobEvent, LoggedPayload, ResultReady, StepDone
+from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
-from server.domain.jobs import Attempt, Checkpoint, FailureReason, Job, JobKind, JobState
+from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
-from server.domain.orders import DatasetFile, DocumentText
 from server.domain.previews import Preview, PreviewOrder
-from server.domain.retrieval import Chunk, RetrievedChunk, Search
+from server.domain.retrieval import RetrievedChunk, Search
 from server.domain.shapes import ModelShape
 from server.domain.specs import FineTuneSpec
 
@@ -212,91 +210,6 @@ class JobFeed(Protocol):
 
     async def wait(self, organization: str, job_id: str, after_sequence: int, timeout_seconds: float) -> bool:
         """Return True once the log of the job is longer than `after_sequence`, False after the timeout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A worker's hold on a job: every write names the epoch and fails with LeaseLost when another worker has a newer one."""
-
-    organization: str
-    job_id: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A claimed job: STARTING, leased, with the checkpoint row to go on from."""
-
-    lease: Lease
-    job: Job
-    checkpoint: Checkpoint | None
-    dataset: DatasetFile | None = None
-    eval_dataset: DatasetFile | None = None
-    best_checkpoint: Checkpoint | None = None
-    # Of an export the version, of a warm start the version that it starts from.
-    version: ModelVersion | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ClaimLimits:
-    """How many jobs may be held over all workers, by kind of work."""
-
-    training_jobs: int
-    index_jobs: int
-
-
-class JobQueue(Protocol):
-    """The job machine as a worker uses it, over all organizations. Time is the database's. All but claim and reap raise LeaseLost."""
-
-    async def claim(self, worker_id: str, limits: ClaimLimits, lease_seconds: float) -> Claim | None:
-        """Take the oldest QUEUED job that the limits allow (SKIP LOCKED), raise its epoch, move it to STARTING."""
-
-    async def heartbeat(self, lease: Lease, lease_seconds: float) -> JobState:
-        """Renew the lease and bring back the state that the api may have set: CANCELLING or PAUSING mean stop."""
-
-    async def append(self, lease: Lease, payloads: Sequence[LoggedPayload]) -> None:
-        """Log events; steps that the log has already are left out. Updates progress, best and usage in the same transaction."""
-
-    async def change_state(self, lease: Lease, state: JobState, reason: str) -> None:
-        """Move the job and log it. A job that is CANCELLING stays so for any state but CANCELLED (no error: heartbeat tells)."""
-
-    async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
-        """Add the row and its event; drop all rows but the latest `keep` and the best, and give the dropped ones for their files."""
-
-    def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
-        """Stream the texts of the model's PENDING documents."""
-
-    async def commit_document(
-        self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
-    ) -> None:
-        """Replace a document's chunks and vectors (float16, [chunks, dimension]); INDEXED, or FAILED with `error`; log progress."""
-
-    async def complete(self, lease: Lease, result: ResultReady) -> bool:
-        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
-
-    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
-        """In one transaction: FAILED with its reason, and the model FAILED where it has no version yet. Gives the state reached.
-
-        A job that is CANCELLING becomes CANCELLED instead.
-        """
-
-    async def interrupt(
-        self, lease: Lease, reason: str, max_attempts: int | None, failure: FailureReason = FailureReason.CRASH_LOOP
-    ) -> JobState:
-        """End an attempt without a result: INTERRUPTED, then QUEUED with attempt + 1. Gives the state reached.
-
-        A CANCELLING job becomes CANCELLED (its model FAILED where it has no version yet), a PAUSING one PAUSED. FAILED with `failure`
-        at the `max_attempts`th crash without a checkpoint or document kept in between; None: no crash.
-        """
-
-    async def reap(self, max_attempts: int) -> Sequence[str]:
-        """Do the same for jobs whose lease ran out (CANCELLING ones become CANCELLED). Gives their ids."""
-
-    async def drop_old_checkpoints(self, max_age_seconds: float) -> None:
-        """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
-
-    async def list_live_directories(self) -> Collection[str]:
-        """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
 
 
 @dataclass(frozen=True, slots=True)

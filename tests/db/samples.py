@@ -20,7 +20,7 @@ from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalSettings
 from server.domain.specs import ExportFormat, ExportSpec, FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
-from server.services.ports import Claim, ClaimLimits, Lease
+from server.services.job_queue import Claim, ClaimLimits, Lease
 
 ORGANIZATION = "default"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

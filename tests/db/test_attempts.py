@@ -11,7 +11,7 @@ from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
 from server.domain.errors import FailedPrecondition
 from server.domain.jobs import Attempt, Best, FailureReason, JobState
-from server.services.ports import Lease
+from server.services.job_queue import Lease
 from tests.db.samples import (
     ORGANIZATION,
     add_job,

@@ -15,7 +15,8 @@ from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, MODEL, new_id
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalSettings, RetrievedChunk, Search
-from server.services.ports import Lease, Page
+from server.services.job_queue import Lease
+from server.services.ports import Page
 from tests.db.samples import ORGANIZATION, add_documents, add_model, make_chunks, make_rag_model, make_vectors, read_model, start_job
 
 Vectors = NDArray[numpy.float16]

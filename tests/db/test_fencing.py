@@ -14,7 +14,7 @@ from server.db.queue import PostgresJobQueue
 from server.domain.errors import ErrorData, LeaseLost
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.jobs import FailureReason, JobState
-from server.services.ports import Lease
+from server.services.job_queue import Lease
 from tests.db.samples import RESULT, claim, finish_job, make_checkpoint, make_chunks, make_step, make_vectors, start_job
 
 Call = Callable[[PostgresJobQueue, Lease], Awaitable[object]]

@@ -7,9 +7,11 @@ import pytest
 from psycopg.rows import TupleRow
 from sqlalchemy import create_engine
 
+import server.db.document_tables
+import server.db.tables  # noqa: F401 -- both fill the metadata
 from server.db.address import parse_database_url
+from server.db.columns import metadata
 from server.db.migrate import DatabaseUnsuitable, migrate
-from server.db.tables import metadata
 
 # Everything that a table consists of, as PostgreSQL itself writes it.
 _COLUMNS = """

@@ -19,7 +19,8 @@ from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.retrieval import QueryTerm, RetrievalSettings, Search, SearchMode
 from server.services.codec import LOGGED_PAYLOAD, SPEC
-from server.services.ports import JobFilter, Lease, ModelFilter, Page
+from server.services.job_queue import Lease
+from server.services.ports import JobFilter, ModelFilter, Page
 from tests.db.samples import LIMITS, make_job, make_model, make_step
 
 ORGANIZATION = "org7"  # one of twenty

@@ -14,7 +14,8 @@ from server.domain.documents import DocumentState
 from server.domain.errors import FailedPrecondition
 from server.domain.events import IndexProgress
 from server.domain.jobs import HELD_STATES, JobKind, JobState, may_follow
-from server.services.ports import ClaimLimits, Page
+from server.services.job_queue import ClaimLimits
+from server.services.ports import Page
 from tests.db.samples import (
     LEASE_SECONDS,
     LIMITS,

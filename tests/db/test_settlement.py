@@ -15,7 +15,7 @@ from server.domain.errors import ErrorData, FailedPrecondition
 from server.domain.events import StateChanged
 from server.domain.jobs import FailureReason, JobState
 from server.domain.models import ModelState
-from server.services.ports import Lease
+from server.services.job_queue import Lease
 from tests.db.samples import (
     BASE_MODEL,
     ORGANIZATION,

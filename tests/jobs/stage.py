@@ -22,7 +22,7 @@ from server.jobs.memory_kills import count_memory_kills
 from server.jobs.runner import JobRunner, LeaseTerms
 from server.jobs.worker import Worker
 from server.services.job_control import JobControl
-from server.services.ports import ClaimLimits
+from server.services.job_queue import ClaimLimits
 from server.storage.files import LocalFiles
 from tests.db import samples
 from tests.jobs.child_program import Script

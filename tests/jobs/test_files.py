@@ -12,7 +12,7 @@ from server.domain.ids import JOB, MODEL, new_id
 from server.domain.jobs import Checkpoint, Job, JobKind, JobState
 from server.domain.specs import IndexSpec
 from server.jobs.files import JobFiles
-from server.services.ports import Claim, Lease
+from server.services.job_queue import Claim, Lease
 
 DAY = 24 * 3600.0
 

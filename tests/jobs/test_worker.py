@@ -11,7 +11,8 @@ from server.domain.documents import DocumentState
 from server.domain.jobs import FailureReason, JobState
 from server.domain.models import ModelState
 from server.jobs.runner import LeaseTerms
-from server.services.ports import ClaimLimits, Page
+from server.services.job_queue import ClaimLimits
+from server.services.ports import Page
 from tests.db import samples
 from tests.jobs.child_program import Script
 from tests.jobs.stage import Stage

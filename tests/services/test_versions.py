@@ -14,7 +14,7 @@ from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model
 from server.domain.specs import ExportFormat, ExportSpec, FineTuneSpec, VersionReference
 from server.domain.techniques import FullTechnique, Ia3, LoraTechnique, PrefixTuning, PromptTuning, PTuning, QloraTechnique, Technique
-from server.services.ports import Lease
+from server.services.job_queue import Lease
 from server.services.requests import ExportVersion, ListVersions, PageRequest
 from server.services.versions import FilesOf, resolve_format
 from server.storage.artefacts import ArtefactStore
