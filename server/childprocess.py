@@ -99,6 +99,11 @@ def explain_failure(error: BaseException) -> JobFailure | None:
     return None
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception, or one that caused it, means that there was no memory left."""
+    return any(_is_out_of_memory(cause) for cause in _causes(error))
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
 from server.domain.generation import FinishReason, GenerationFinished, Timings, TokenEvent, TokenUsage
 from server.inference.cache import RowCache, Step
@@ -342,6 +343,6 @@ def _translate(error: Exception) -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     logger.error("a generation failed", exc_info=error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+    if is_out_of_memory(error):
         return ResourceExhausted("The engine ran out of memory.", reason="ENGINE_OUT_OF_MEMORY", retry_after_seconds=RETRY_SECONDS)
     return Unavailable("The model failed on this request.", reason="GENERATION_FAILED")

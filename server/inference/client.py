@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
+from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError, Unavailable, error_from_data
 from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
@@ -78,13 +79,21 @@ class EngineClient:
         """Show records as a base model reads them."""
         return (await self._call("Preview", wire.PREVIEW, order, wire.Previewed)).preview
 
+    async def load(self, model: ModelReference, *, pinned: bool = False) -> None:
+        """Load a model or a version; pinned, it stays until `unload`, `forget` or a restart of the engine."""
+        await self._call("Load", wire.LOAD, wire.Load(model, pinned), wire.Done)
+
+    async def unload(self, model: ModelReference) -> None:
+        """Drop a version's adapter, or weights that only it needs, and its pin."""
+        await self._call("Unload", wire.UNLOAD, wire.Unload(model), wire.Done)
+
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""
         await self._call("Forget", wire.FORGET, wire.Forget(model_id), wire.Done)
 
-    async def describe(self) -> wire.EngineStatus:
+    async def describe(self) -> EngineStatus:
         """Tell what is loaded and how busy it is; raises Unavailable while the engine is down, which makes it the health check."""
-        return await self._call("Describe", wire.DESCRIBE, wire.Describe(), wire.EngineStatus)
+        return await self._call("Describe", wire.DESCRIBE, wire.Describe(), EngineStatus)
 
     async def _connect(self) -> None:
         """Give a lost connection time to come back: right after a restart gRPC would still fail calls until its next attempt."""

@@ -4,6 +4,7 @@ Loading is blocking and happens in threads; which model leaves is decided here, 
 """
 
 import logging
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -12,10 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
 from server.basemodels.rendering import find_stop_token_ids, render, render_completion
+from server.childprocess import is_out_of_memory
 from server.domain.errors import InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationRequest, ModelReference
 from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
@@ -135,12 +138,21 @@ class WeightFiles:
     base: Path
     version: Path | None = None
 
-    @property
-    def size_bytes(self) -> int:
-        """About what the weights take in memory."""
+    def measure_bytes(self, options: LoadingOptions) -> int:
+        """Give what the weights take in memory once they are loaded: their numbers in the type that they are loaded as. Blocking."""
         whole = self.version is not None and (self.version / "config.json").exists()
         directory = self.version if self.version is not None and whole else self.base
-        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        numbers = sum(_count_numbers(file) for file in directory.glob("*.safetensors"))
+        return numbers * (options.dtype or preferred_dtype(options.device)).itemsize
+
+
+def _count_numbers(file: Path) -> int:
+    """Read the shapes of a safetensors file's header. A damaged file counts nothing: loading it says what is wrong."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError):
+        return 0
 
 
 def find_files(plan: ServingPlan, reference: ModelReference, bases: BaseModelResolver, versions: VersionFiles) -> WeightFiles:
@@ -162,7 +174,9 @@ def load_model(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -
         stop_ids = find_stop_ids(tokenizer, None if plan.is_merged else model.generation_config)
         decoder = Decoder(_freeze(model), max_adapter_ranks=options.max_adapter_ranks)
         loaded = LoadedModel(decoder, Voice(tokenizer, stop_ids), options.limits)
-    except (MemoryError, torch.OutOfMemoryError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, ServiceError) as error:
+        if not is_out_of_memory(error):
+            raise
         logger.error("loading a model failed", exc_info=error)
         raise ResourceExhausted("The engine has no memory for this model.", reason="ENGINE_OUT_OF_MEMORY") from error
     logger.info("model loaded in %.1f s, %d MiB of weights", time.monotonic() - start, decoder.weight_bytes >> 20)

@@ -57,6 +57,14 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
     async def preview(request: PreviewOrder) -> wire.UnaryReply:
         return wire.Previewed(await engine.preview(request))
 
+    async def load(request: wire.Load) -> wire.UnaryReply:
+        await engine.load(request.model, pinned=request.pinned)
+        return wire.Done()
+
+    async def unload(request: wire.Unload) -> wire.UnaryReply:
+        await engine.unload(request.model)
+        return wire.Done()
+
     async def forget(request: wire.Forget) -> wire.UnaryReply:
         await engine.forget(request.model_id)
         return wire.Done()
@@ -72,6 +80,8 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
             "ReadContextTokens": _handle_unary(wire.READ_CONTEXT_TOKENS, read_context_tokens),
             "Embed": _handle_unary(wire.EMBED, embed),
             "Preview": _handle_unary(wire.PREVIEW, preview),
+            "Load": _handle_unary(wire.LOAD, load),
+            "Unload": _handle_unary(wire.UNLOAD, unload),
             "Forget": _handle_unary(wire.FORGET, forget),
             "Describe": _handle_unary(wire.DESCRIBE, describe),
         },

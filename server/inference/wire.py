@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
 from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference
 from server.domain.previews import Preview, PreviewOrder
@@ -44,6 +45,21 @@ class Previewed:
 
     preview: Preview
     kind: Literal["previewed"] = "previewed"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Asks for a model or a version to be loaded, and kept where `pinned`."""
+
+    model: ModelReference
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Asks for a model or a version to be dropped."""
+
+    model: ModelReference
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +113,6 @@ class Done:
     kind: Literal["done"] = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """Weights in memory, their context, and how busy their batch is. `variant` is empty for a base model as it is."""
-
-    base_model: str
-    weight_bytes: int
-    context_tokens: int
-    adapters_loaded: int
-    running_requests: int
-    waiting_requests: int
-    reserved_cache_tokens: int
-    variant: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """What the engine holds now."""
-
-    models: Sequence[ModelStatus]
-    kind: Literal["status"] = "status"
-
-
 GenerateReply = Delta | GenerationFinished | Failure
 UnaryReply = Previewed | TokenCounts | ContextTokens | Vectors | Done | EngineStatus | Failure
 
@@ -126,6 +120,8 @@ GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)
 READ_CONTEXT_TOKENS = Codec[ReadContextTokens](ReadContextTokens)
 EMBED = Codec[Embed](Embed)
+LOAD = Codec[Load](Load)
+UNLOAD = Codec[Unload](Unload)
 FORGET = Codec[Forget](Forget)
 PREVIEW = Codec[PreviewOrder](PreviewOrder)
 DESCRIBE = Codec[Describe](Describe)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
 from server.domain.documents import Document, DocumentState, NewDocument
+from server.domain.engines import EngineStatus
 from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
@@ -272,16 +273,25 @@ class Artefacts(Protocol):
 
 
 class Engine(Protocol):
-    """Models that generate and embed, in a process of their own. Every call may raise Unavailable; a stream may do so midway."""
+    """Models that generate and embed, outside of this process. Every call may raise Unavailable; a stream may do so midway.
+
+    Each implementation passes the contract suite in tests/inference/contract.
+    """
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Stream deltas, then GenerationFinished. Closing frees the place. Raises InvalidInput for a prompt over the context."""
+        """Stream deltas, then GenerationFinished. Closing cancels and frees the place. InvalidInput: the prompt is over the context."""
 
     async def count_tokens(self, model: ModelReference, texts: Sequence[str]) -> Sequence[int]:
         """Count tokens by the model's own tokenizer, without special tokens."""
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give the model's context length in tokens."""
+
+    async def load(self, model: ModelReference, *, pinned: bool = False) -> None:
+        """Load a model or a version before its first request; pinned, it stays until `unload`, `forget` or a restart of the engine."""
+
+    async def unload(self, model: ModelReference) -> None:
+        """Drop a version's adapter, or weights that only it needs, and its pin. What runs ends undisturbed; the next use loads again."""
 
     async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
         """Embed to unit vectors, one per text."""
@@ -291,6 +301,9 @@ class Engine(Protocol):
 
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""
+
+    async def describe(self) -> EngineStatus:
+        """Tell what is loaded and how busy it is. Its answer is the engine's health: Unavailable while it is down."""
 
 
 class BaseModels(Protocol):

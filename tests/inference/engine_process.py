@@ -5,7 +5,10 @@ Started by `python -m tests.inference.engine_process SOCKET MODEL`.
 
 import asyncio
 import signal
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +24,20 @@ async def main(socket_path: Path, model_directory: Path) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     engine = make_engine({"llama": model_directory}, socket_path.parent)
     await serve(engine, socket_path, stop=stop, on_ready=lambda: print("ready", flush=True))
+
+
+@contextmanager
+def start_engine_process(socket_path: Path, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run an engine whose base model "llama" is `model`; versions lie beside the socket. Kills it at the end."""
+    command = [sys.executable, "-m", "tests.inference.engine_process", str(socket_path), str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def make_engine(
     max_model_bytes: int = 1 << 30,
     max_adapter_ranks: int = 256,
     dtype: torch.dtype = torch.float32,
+    idle_seconds: float | None = None,
 ) -> EmbeddedEngine:
     """Make an engine over tiny models, in float32 where nothing else is said."""
     return EmbeddedEngine(
@@ -49,4 +50,5 @@ def make_engine(
         embedder=None,
         options=LoadingOptions(limits or LIMITS, max_adapter_ranks, dtype),
         max_model_bytes=max_model_bytes,
+        idle_seconds=idle_seconds,
     )

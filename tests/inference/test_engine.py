@@ -1,20 +1,25 @@
 """The embedded engine as its callers see it: streams, seeds, stops, cancelling, loading and unloading."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+import torch
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference
+from server.inference import residents
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
+from server.inference.library import LoadingOptions, WeightFiles
 from server.storage.artefacts import ArtefactStore, Described
 from tests.inference.asking import ask, ask_chat, collect
 from tests.inference.conftest import save_adapter
 from tests.inference.engines import make_engine
+from tests.inference.versions import make_version
 from tests.tiny_models import CONTEXT_TOKENS
 
 LLAMA = ModelReference("llama", "llama")
@@ -161,21 +166,83 @@ async def test_adapters_share_a_base_and_a_bad_one_fails_only_its_own_requests(
     assert again.text == texts[0]
 
 
+def weigh(directory: Path) -> int:
+    """Bytes of a tiny model's weights as the tests load them."""
+    return WeightFiles(directory).measure_bytes(LoadingOptions(BatchLimits(), dtype=torch.float32))
+
+
 async def test_models_over_the_budget_leave_by_last_use_and_come_back(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     table = {family: tiny(family) for family in ("llama", "qwen2", "mistral")}
-    engine = make_engine(table, tmp_path, max_model_bytes=1)
+    engine = make_engine(table, tmp_path, max_model_bytes=sum(sorted(map(weigh, table.values()))[-2:]))
     engine.start()
     first = await collect(engine.generate(ask("The river", model="llama")))
     await collect(engine.generate(ask("The river", model="qwen2")))
-    assert [model.base_model for model in (await engine.describe()).models] == ["qwen2"]
-    async with aclosing(engine.generate(ask("The river", model="qwen2", max_tokens=400))) as events:
+    assert {model.base_model for model in (await engine.describe()).models} == {"llama", "qwen2"}
+    async with aclosing(engine.generate(ask("The river", model="llama", max_tokens=400))) as events:
         await anext(events)
         await collect(engine.generate(ask("The river", model="mistral")))
         loaded = {model.base_model for model in (await engine.describe()).models}
-        assert loaded == {"qwen2", "mistral"}, "a model in use stays"
-    again = await collect(engine.generate(ask("The river", model="llama")))
-    assert again.text == first.text
+        assert loaded == {"llama", "mistral"}, "a model in use stays"
+    again = await collect(engine.generate(ask("The river", model="qwen2")))
+    assert again.text
+    assert (await collect(engine.generate(ask("The river", model="llama")))).text == first.text
     await engine.stop()
+
+
+async def test_a_model_for_which_there_is_no_memory_is_refused_and_the_others_go_on(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    table = {family: tiny(family) for family in ("llama", "mistral")}
+    small = make_engine(table, tmp_path, max_model_bytes=weigh(table["llama"]))
+    small.start()
+    with pytest.raises(ResourceExhausted) as never:
+        await collect(small.generate(ask("The river", model="mistral")))
+    assert (never.value.reason, never.value.data.retry_after_seconds) == ("MODEL_TOO_LARGE", None)
+    await small.stop()
+    engine = make_engine(table, tmp_path, max_model_bytes=max(map(weigh, table.values())))
+    engine.start()
+    running = engine.generate(ask("The river", max_tokens=400))
+    await anext(running)
+    with pytest.raises(ResourceExhausted) as busy:
+        await collect(engine.generate(ask("The river", model="mistral")))
+    assert busy.value.reason == "ENGINE_MEMORY_BUSY"
+    assert busy.value.data.retry_after_seconds
+    assert (await collect(running)).end.usage.completion_tokens == 400
+    await engine.stop()
+
+
+async def test_idle_models_are_unloaded_but_for_pinned_ones(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({family: tiny(family) for family in ("llama", "qwen2")}, tmp_path, idle_seconds=0.2)
+    engine.start()
+    await engine.load(LLAMA, pinned=True)
+    await engine.load(ModelReference("qwen2", "qwen2"))
+    async with aclosing(engine.generate(ask("The river", model="qwen2", max_tokens=490))) as events:
+        await anext(events)
+        await asyncio.sleep(0.4)
+        assert len((await engine.describe()).models) == 2, "a model in use is not idle"
+    while len((await engine.describe()).models) > 1:  # noqa: ASYNC110  # the engine's status is polled, as a caller would
+        await asyncio.sleep(0.02)
+    assert [(model.base_model, model.is_pinned) for model in (await engine.describe()).models] == [("llama", True)]
+    await engine.unload(LLAMA)
+    assert not (await engine.describe()).models
+    await engine.stop()
+
+
+async def test_a_version_whose_files_fail_is_quarantined_until_it_is_looked_at_again(
+    engine: EmbeddedEngine, tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        version = make_version(tmp_path, name, tiny("llama"), "lora")
+    good = (version.directory / "adapter_model.safetensors").read_bytes()
+    (version.directory / "adapter_model.safetensors").write_bytes(good[:-1] + b"x")
+    for _ in range(2):
+        with pytest.raises(FailedPrecondition) as refused:
+            await collect(engine.generate(ask("The river", adapter="two")))
+        assert refused.value.reason == "ARTIFACT_INVALID"
+        (version.directory / "adapter_model.safetensors").write_bytes(good)
+    assert (await engine.describe()).quarantined == ["mdl_tiny"]
+    assert (await collect(engine.generate(ask("The river", adapter="one")))).text
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + residents.QUARANTINE_SECONDS)
+    assert (await collect(engine.generate(ask("The river", adapter="two")))).text
+    assert not (await engine.describe()).quarantined
 
 
 async def test_many_who_want_a_model_load_it_once_and_an_unknown_one_is_named(tiny: Callable[[str], Path], tmp_path: Path) -> None:

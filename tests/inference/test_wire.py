@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from server.inference.library import LoadingOptions
 from server.inference.server import serve
 from server.storage.artefacts import ArtefactStore
 from tests.inference.asking import Answer, ask, collect
+from tests.inference.engine_process import start_engine_process
 from tests.inference.engines import Directories, make_engine
 from tests.tiny_models import CONTEXT_TOKENS
 
@@ -168,24 +169,11 @@ async def test_a_reader_who_reads_nothing_neither_slows_others_nor_keeps_its_pla
     assert rest.end.usage.completion_tokens > 100
 
 
-@contextmanager
-def engine_process(socket_path: Path, model: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "tests.inference.engine_process", str(socket_path), str(model)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 async def test_a_killed_engine_is_a_typed_error_and_its_successor_is_found(tiny: Callable[[str], Path], socket_path: Path) -> None:
     client = EngineClient(socket_path)
     with pytest.raises(Unavailable):
         await client.describe()
-    with engine_process(socket_path, tiny("llama")) as process:
+    with start_engine_process(socket_path, tiny("llama")) as process:
         first = await collect(client.generate(ask("The river")))
         streams = [client.generate(ask(f"The river {n}", max_tokens=480)) for n in range(4)]
         for stream in streams:
@@ -196,7 +184,7 @@ async def test_a_killed_engine_is_a_typed_error_and_its_successor_is_found(tiny:
         with pytest.raises(Unavailable) as down:
             await client.count_tokens(LLAMA, ["x"])
         assert down.value.data.retry_after_seconds
-    with engine_process(socket_path, tiny("llama")) as process:
+    with start_engine_process(socket_path, tiny("llama")) as process:
         assert (await collect(client.generate(ask("The river")))).text == first.text
         process.terminate()
         assert await asyncio.to_thread(process.wait, 20) == 0
