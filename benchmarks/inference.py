@@ -40,8 +40,9 @@ class Directory:
     """Resolves every name to one directory."""
 
     directory: Path
+    revision: str = "the only one"
 
-    def resolve(self, _: str) -> "Directory":
+    def resolve(self, _: str, __: str | None = None) -> "Directory":
         """Give it."""
         return self
 

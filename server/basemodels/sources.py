@@ -70,7 +70,10 @@ class BaseModelSource:
         else:
             resolved = self._resolve_hub(name, revision)
         if revision is not None and resolved.revision != revision:
-            raise BaseModelUnavailable(f"{name} is not what it was: its files have changed since.", reason="BASE_MODEL_CHANGED")
+            raise BaseModelUnavailable(
+                f"{name} is not what it was: its files have changed since. Put them back, or train on what they are now.",
+                reason="BASE_MODEL_CHANGED",
+            )
         return resolved
 
     def read_shape(self, base_model: str) -> ModelShape | None:

@@ -8,7 +8,8 @@ import math
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -17,15 +18,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
-from server.basemodels.rendering import find_stop_token_ids, render, render_completion
+from server.basemodels.rendering import PROBE, find_stop_token_ids, render, render_completion
 from server.childprocess import is_out_of_memory
-from server.domain.errors import InvalidInput, ResourceExhausted, ServiceError
+from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationRequest, ModelReference
 from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
 from server.inference.batching import Batch, BatchLimits, Generation
 from server.inference.decoder import Decoder
 from server.inference.lora import NamedAdapter
-from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights
+from server.inference.plans import Addition, Opened, ServingPlan, VersionFiles, Weights
 from server.inference.sampling import SamplingState
 from server.inference.transcript import Transcript
 
@@ -44,12 +45,16 @@ class ResolvedBase(Protocol):
     def directory(self) -> Path:
         """A verified directory."""
 
+    @property
+    def revision(self) -> str:
+        """What ties a version to exactly these weights."""
+
 
 class BaseModelResolver(Protocol):
     """Finds base models (basemodels' BaseModelSource)."""
 
-    def resolve(self, base_model: str) -> ResolvedBase:
-        """Give a verified local directory. Blocking. Raises ServiceError."""
+    def resolve(self, base_model: str, revision: str | None = None) -> ResolvedBase:
+        """Give a verified local directory, of that revision where one is named. Blocking. Raises ServiceError, where it is gone too."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class WeightFiles:
 
     base: Path
     version: Path | None = None
+    described: Mapping[str, object] = field(default_factory=dict)  # what the version's manifest says
 
     def measure_bytes(self, options: LoadingOptions) -> int:
         """Give what the weights take in memory once they are loaded: their numbers in the type that they are loaded as. Blocking."""
@@ -158,9 +164,12 @@ def _count_numbers(file: Path) -> int:
 def find_files(plan: ServingPlan, reference: ModelReference, bases: BaseModelResolver, versions: VersionFiles) -> WeightFiles:
     """Find and check the files of a plan's weights. Blocking: every byte of a version is read. Raises ServiceError."""
     if not plan.weights.version:
-        return WeightFiles(bases.resolve(reference.base_model).directory)
-    version = versions.open(reference.adapter_path or "", reference.manifest_sha256).directory
-    return WeightFiles(bases.resolve(reference.base_model).directory if plan.is_merged else version, version)
+        return WeightFiles(bases.resolve(reference.base_model, plan.weights.revision or None).directory)
+    opened = versions.open(reference.adapter_path or "", reference.manifest_sha256)
+    version, described = opened.directory, opened.description
+    if not plan.is_merged:
+        return WeightFiles(version, version, described)
+    return WeightFiles(bases.resolve(reference.base_model, plan.weights.revision or None).directory, version, described)
 
 
 def load_model(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -> LoadedModel:
@@ -169,6 +178,7 @@ def load_model(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -
     try:
         voice_directory = files.version or files.base
         tokenizer = load_tokenizer(voice_directory)
+        check_golden_tokens(tokenizer, files.described)
         model = _load_weights(files, plan, options)
         # An adapter's tokenizer knows how its answers end; what its base ended at does not count any more.
         stop_ids = find_stop_ids(tokenizer, None if plan.is_merged else model.generation_config)
@@ -208,12 +218,13 @@ class AdapterFiles:
     embeddings: torch.Tensor | None = None
 
 
-def read_adapter(plan: ServingPlan, directory: Path, model: LoadedModel) -> AdapterFiles:
+def read_adapter(plan: ServingPlan, version: Opened, model: LoadedModel) -> AdapterFiles:
     """Read what a version adds to a model that is loaded, and its tokenizer where it brings one. Raises ServiceError."""
-    start, decoder, voice = time.monotonic(), model.decoder, model.voice
+    start, directory, decoder, voice = time.monotonic(), version.directory, model.decoder, model.voice
     if (directory / "tokenizer_config.json").exists():
         tokenizer = load_tokenizer(directory)
         voice = Voice(tokenizer, find_stop_ids(tokenizer, None))
+    check_golden_tokens(voice.tokenizer, version.description)
     match plan.addition:
         case Addition.EMBEDDINGS:
             read = AdapterFiles(voice, embeddings=read_embeddings(directory, decoder.embedding_width))
@@ -223,6 +234,17 @@ def read_adapter(plan: ServingPlan, directory: Path, model: LoadedModel) -> Adap
             read = AdapterFiles(voice, NamedAdapter(plan.name, read_low_rank(directory, decoder.adapters.places)))
     logger.info("adapter (%s) read in %.2f s", plan.addition.value, time.monotonic() - start)
     return read
+
+
+def check_golden_tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, object]) -> None:
+    """Raise FailedPrecondition where a version's tokenizer and template read the probe in other tokens than when it was trained."""
+    golden = described.get("golden_token_ids")
+    if golden and render(tokenizer, PROBE).token_ids != golden:
+        raise FailedPrecondition(
+            "The version's tokenizer and chat template give other tokens here than in training: the libraries differ from those that"
+            " made it.",
+            reason="TOKENS_CHANGED",
+        )
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:

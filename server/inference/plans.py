@@ -6,7 +6,7 @@ Whatever changes the weights themselves (a whole model, DoRA, OFT, IA3, normalis
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ class Described(Protocol):
         """What its writer said of it."""
 
 
-class Opened(Protocol):
+class Opened(Described, Protocol):
     """An artefact whose every file was checked (storage's Artefact)."""
 
     @property
@@ -54,9 +54,13 @@ class Addition(StrEnum):
 
 @dataclass(frozen=True)
 class Weights:
-    """Names weights in memory. With a `version` (its name among all) they are that version's own: merged, or trained whole."""
+    """Names weights in memory. With a `version` (its name among all) they are that version's own: merged, or trained whole.
+
+    `revision` is the base model's: what was trained on one is never put on another. Empty where the base model has no part in them.
+    """
 
     base_model: str
+    revision: str = ""
     quantization: Quantization | None = None
     double_quantization: bool = False
     version: str = ""
@@ -79,6 +83,11 @@ class ServingPlan:
     addition: Addition = Addition.NOTHING
     is_merged: bool = False
 
+    @property
+    def needs_base(self) -> bool:
+        """Tell whether the base model's weights have a part in what is served; in a version that was trained whole they have none."""
+        return self.is_merged or not self.weights.version
+
 
 PROMPT_ADDITIONS = {"PROMPT_TUNING": Addition.EMBEDDINGS, "P_TUNING": Addition.EMBEDDINGS, "PREFIX_TUNING": Addition.KEY_VALUES}
 MERGED_METHODS = frozenset({"IA3", "OFT", "LN_TUNING"})
@@ -87,25 +96,30 @@ MERGED_METHODS = frozenset({"IA3", "OFT", "LN_TUNING"})
 def make_plan(reference: ModelReference, files: VersionFiles, max_ranks: int) -> ServingPlan:
     """Look at a version's manifest and configuration and decide. Low-rank adapters over `max_ranks` are merged. Blocking.
 
+    A version without a base revision in its manifest gets a plan without one: it goes with what the base model is now.
     Raises what `files` raises, FailedPrecondition (ADAPTER_INVALID) and Unimplemented (ADAPTER_NOT_SUPPORTED).
     """
-    if reference.adapter_path is None:
-        return ServingPlan("", Weights(reference.base_model))
+    assert reference.adapter_path is not None
     name, path, seal = name_version(reference), reference.adapter_path, reference.manifest_sha256
     description = files.read_manifest(path, seal).description
     if description.get("kind") == "model":
         return ServingPlan(name, Weights(reference.base_model, version=name, model_id=reference.model_id))
     quantization, is_double = _read_quantization(description)
+    base = Weights(reference.base_model, str(description.get("base_revision") or ""), quantization, is_double)
     config = read_config(files.open(path, seal).directory)
     method = str(config.get("peft_type"))
     if method in LOW_RANK_READERS and not config.get("use_dora") and bound_rank(config) <= max_ranks:
-        return ServingPlan(name, Weights(reference.base_model, quantization, is_double), Addition.LOW_RANK)
+        return ServingPlan(name, base, Addition.LOW_RANK)
     if method in PROMPT_ADDITIONS:
-        return ServingPlan(name, Weights(reference.base_model, quantization, is_double), PROMPT_ADDITIONS[method])
+        return ServingPlan(name, base, PROMPT_ADDITIONS[method])
     if method in LOW_RANK_READERS or method in MERGED_METHODS:
-        own = Weights(reference.base_model, quantization, is_double, version=name, model_id=reference.model_id)
-        return ServingPlan(name, own, is_merged=True)
+        return ServingPlan(name, replace(base, version=name, model_id=reference.model_id), is_merged=True)
     raise unsupported_adapter(f"method {method}")
+
+
+def plan_base(base_model: str, revision: str) -> ServingPlan:
+    """Plan a base model as it is."""
+    return ServingPlan("", Weights(base_model, revision))
 
 
 def name_version(reference: ModelReference) -> str:

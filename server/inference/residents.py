@@ -10,10 +10,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from server.basemodels.errors import BaseModelUnavailable
 from server.domain.engines import ModelStatus
 from server.domain.errors import ErrorData, FailedPrecondition, ResourceExhausted, Unimplemented, error_from_data
 from server.domain.generation import ModelReference
@@ -28,7 +29,7 @@ from server.inference.library import (
     load_model,
     read_adapter,
 )
-from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights, make_plan, name_version
+from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights, make_plan, name_version, plan_base
 from server.inference.stepping import Stepper
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Residents:
         self._options, self._max_model_bytes = options, max_model_bytes
         self._models: dict[Weights, LoadedModel] = {}
         self._plans: dict[str, ServingPlan] = {}
+        self._revisions: dict[str, str] = {}  # of base models as they are: what their files were when they were looked at
         self._pins: dict[str, Weights] = {}  # by the plan's name, or the base model's
         self._quarantine: dict[str, _Quarantined] = {}
         self._loads: dict[str, asyncio.Task[Any]] = {}
@@ -134,7 +136,7 @@ class Residents:
             if weights.model_id == model_id:
                 self._pins.pop(weights.version, None)
                 await self._retire(weights, model)
-            elif weights == Weights(model_id) and model.users == 0:
+            elif replace(weights, revision="") == Weights(model_id) and model.users == 0:
                 await self._unload(weights)
 
     async def unload_idle(self, idle_seconds: float) -> None:
@@ -189,26 +191,43 @@ class Residents:
     async def _find_plan(self, reference: ModelReference) -> ServingPlan:
         """Give how a reference is served; looked up once for each version, whose files never change."""
         if reference.adapter_path is None:
-            return ServingPlan("", Weights(reference.base_model))
+            return plan_base(reference.base_model, await self._find_revision(reference.base_model))
         name = name_version(reference)
         entry = self._quarantine.get(name)
         if entry is not None and entry.until > time.monotonic():
             raise error_from_data(entry.error)
-        if name not in self._plans:
+        plan = self._plans.get(name)
+        if plan is None:
             making = asyncio.to_thread(make_plan, reference, self._versions, self._options.max_adapter_ranks)
-            plan = await self._guard(reference, making)
-            self._plans[name] = plan
+            self._plans[name] = plan = await self._guard(reference, making)
             while len(self._plans) > MAX_KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
-            return plan
-        return self._plans[name]
+        if plan.needs_base and not plan.weights.revision:
+            return replace(plan, weights=replace(plan.weights, revision=await self._find_revision(reference.base_model)))
+        return plan
+
+    async def _find_revision(self, base_model: str) -> str:
+        """Give the revision of a base model's files: of those in memory, while they are, or else of those that lie here."""
+
+        async def look() -> str:
+            loop = asyncio.get_running_loop()
+            self._revisions[base_model] = (await loop.run_in_executor(self._loader, self._base_models.resolve, base_model)).revision
+            return self._revisions[base_model]
+
+        known = self._revisions.get(base_model)
+        return known if known is not None else await self._load_once(f"revision {base_model}", look)
+
+    def _forget_revision(self, weights: Weights) -> None:
+        if self._revisions.get(weights.base_model) == weights.revision:
+            del self._revisions[weights.base_model]
 
     async def _guard(self, reference: ModelReference, work: Coroutine[Any, Any, T]) -> T:
         """Quarantine the version whose files fail in this work: they are not tried again for each request."""
         try:
             result = await work
         except (FailedPrecondition, Unimplemented) as error:
-            if reference.adapter_path is not None:
+            # A base model that cannot be had now is not the version's fault.
+            if reference.adapter_path is not None and not isinstance(error, BaseModelUnavailable):
                 logger.warning("version %s of %s is quarantined: %s", reference.version, reference.model_id, error)
                 until = time.monotonic() + QUARANTINE_SECONDS
                 self._quarantine[name_version(reference)] = _Quarantined(reference.model_id, until, error.data)
@@ -233,7 +252,11 @@ class Residents:
 
     async def _load_model(self, plan: ServingPlan, reference: ModelReference) -> None:
         loop = asyncio.get_running_loop()
-        files = await loop.run_in_executor(self._loader, find_files, plan, reference, self._base_models, self._versions)
+        try:
+            files = await loop.run_in_executor(self._loader, find_files, plan, reference, self._base_models, self._versions)
+        except BaseModelUnavailable:
+            self._forget_revision(plan.weights)  # the next request looks at the files again
+            raise
         needed = await loop.run_in_executor(self._loader, files.measure_bytes, self._options)
         await self._make_room(needed)
         logger.info("loading %s, about %d MiB of weights", reference.base_model, needed >> 20)
@@ -277,6 +300,7 @@ class Residents:
     async def _unload(self, weights: Weights) -> None:
         model = self._models.pop(weights, None)
         if model is not None:
+            self._forget_revision(weights)
             await self._stepper.remove(model.batch)
 
     async def _drop_adapters(self, model: LoadedModel, names: Sequence[str]) -> None:
@@ -299,7 +323,7 @@ class Residents:
 
     async def _load_adapter(self, reference: ModelReference, plan: ServingPlan, model: LoadedModel) -> LoadedAdapter:
         def read() -> AdapterFiles:
-            return read_adapter(plan, self._versions.open(reference.adapter_path or "", reference.manifest_sha256).directory, model)
+            return read_adapter(plan, self._versions.open(reference.adapter_path or "", reference.manifest_sha256), model)
 
         files = await asyncio.get_running_loop().run_in_executor(self._loader, read)
         prefix = files.prefix

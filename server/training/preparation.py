@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from server.basemodels.errors import BaseModelUnavailable
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype, read_context_tokens
 from server.basemodels.sources import ResolvedModel
 from server.childprocess import Signals
 from server.datafiles.tokencache import TokenCache
 from server.domain.events import ChildEvent, Started
 from server.domain.orders import FineTuneOrder
-from server.storage.artefacts import ArtefactStore
+from server.storage.artefacts import Artefact, ArtefactStore
 from server.training.batches import BatchPlan, Examples, MicroBatch
 from server.training.checkpoint import Position
 from server.training.checkpoints import Checkpoints
@@ -137,8 +138,18 @@ def _apply_technique(
         base_directory=attempt.base.directory,
     )
     if order.warm_start_path is not None:
-        trained.warm_start(attempt.store.open(order.warm_start_path, order.warm_start_manifest_sha256).directory)
+        start = attempt.store.open(order.warm_start_path, order.warm_start_manifest_sha256)
+        _check_same_base(start, attempt.base)
+        trained.warm_start(start.directory)
     return trained
+
+
+def _check_same_base(start: Artefact, base: ResolvedModel) -> None:
+    """Refuse to go on from an adapter whose base was another: its weights would mean something else. A whole model needs no base."""
+    revision = start.description.get("base_revision", base.revision)
+    if start.description.get("kind") == "adapter" and revision != base.revision:
+        message = f"{base.base_model} is not what it was when the version to start from was trained: its files have changed since."
+        raise BaseModelUnavailable(message, reason="BASE_MODEL_CHANGED")
 
 
 def _probe(examples: Examples, plan: BatchPlan, device: torch.device) -> list[MicroBatch]:

@@ -8,7 +8,7 @@ import torch
 from server.domain.errors import NotFound
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
-from server.inference.library import LoadingOptions
+from server.inference.library import BaseModelResolver, LoadingOptions
 from server.storage.artefacts import ArtefactStore
 
 LIMITS = BatchLimits(max_rows=8, max_waiting=24, cache_tokens=4096)
@@ -19,6 +19,7 @@ class Resolved:
     """What a resolver gives."""
 
     directory: Path
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Directories:
 
     table: dict[str, Path]
 
-    def resolve(self, base_model: str) -> Resolved:
-        """Look a name up."""
+    def resolve(self, base_model: str, revision: str | None = None) -> Resolved:
+        """Look a name up; all are of one revision, which is as good as any."""
         if base_model not in self.table:
             raise NotFound.of("base model", base_model)
-        return Resolved(self.table[base_model])
+        return Resolved(self.table[base_model], revision or "first")
 
 
 def make_engine(
@@ -42,10 +43,11 @@ def make_engine(
     max_adapter_ranks: int = 256,
     dtype: torch.dtype = torch.float32,
     idle_seconds: float | None = None,
+    base_models: BaseModelResolver | None = None,
 ) -> EmbeddedEngine:
     """Make an engine over tiny models, in float32 where nothing else is said."""
     return EmbeddedEngine(
-        base_models=Directories(table),
+        base_models=base_models or Directories(table),
         versions=ArtefactStore(storage),
         embedder=None,
         options=LoadingOptions(limits or LIMITS, max_adapter_ranks, dtype),

@@ -1,6 +1,7 @@
 """Every technique's version through the engine against plain transformers and peft: alone, in mixed batches, and when it is bad."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from server.basemodels.inspection import fingerprint_directory
+from server.basemodels.sources import BaseModelSource
 from server.domain.errors import FailedPrecondition, InvalidInput, ServiceError
 from server.domain.generation import GenerationRequest, ModelReference
 from server.inference.engine import EmbeddedEngine
@@ -225,6 +228,92 @@ async def test_a_version_with_a_flipped_byte_or_of_unknown_kind_is_refused(engin
         with pytest.raises(ServiceError) as refused:
             await collect(engine.generate(ask_version(artefact)))
         assert refused.value.reason == reason
+
+
+async def test_a_version_whose_tokenizer_reads_other_tokens_than_in_training_is_refused(
+    engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    for technique in ("lora", "ia3", "full"):
+        other = make_version(tmp_path, technique, tiny("llama"), technique, described={"golden_token_ids": [1, 2, 3]})
+        with pytest.raises(FailedPrecondition, match="other tokens") as refused:
+            await collect(engine.generate(ask_version(other)))
+        assert refused.value.reason == "TOKENS_CHANGED"
+
+
+@pytest.fixture
+async def changing(tiny: Tiny, tmp_path: Path) -> AsyncIterator[tuple[Path, EmbeddedEngine]]:
+    """A local base model that may change, and an engine that finds it as the service does."""
+    directory = tmp_path / "models" / "base"
+    shutil.copytree(tiny("llama"), directory)
+    source = BaseModelSource(tmp_path / "cache", allowed_local_roots=[tmp_path / "models"])
+    made = make_engine({}, tmp_path, base_models=source)
+    made.start()
+    yield directory, made
+    await made.stop()
+
+
+def change_base(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    aside = directory / "model.safetensors.new"
+    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+    aside.replace(directory / "model.safetensors")
+
+
+def read_revision(directory: Path) -> dict[str, Described]:
+    return {"base_revision": f"fingerprint:{fingerprint_directory(directory)}"}
+
+
+@pytest.mark.parametrize("technique", ["lora", "prefix_tuning", "oft"])
+async def test_a_version_is_never_served_on_a_base_that_has_changed(
+    technique: str, changing: tuple[Path, EmbeddedEngine], tmp_path: Path
+) -> None:
+    base, engine = changing
+    name = str(base)
+    before = make_version(tmp_path, "before", base, technique, described=read_revision(base))
+    assert (await collect(engine.generate(ask_version(before, name)))).text
+    other = make_version(tmp_path, "other", base, technique, seed=2, described=read_revision(base))
+    change_base(base)
+    after = make_version(tmp_path, "after", base, technique, described=read_revision(base))
+    restarted = make_engine({}, tmp_path, base_models=BaseModelSource(tmp_path / "cache", allowed_local_roots=[tmp_path / "models"]))
+    restarted.start()
+    with pytest.raises(FailedPrecondition, match="changed since") as refused:
+        await collect(restarted.generate(ask_version(before, name)))
+    assert refused.value.reason == "BASE_MODEL_CHANGED"
+    for serving in (restarted, engine):
+        # What was trained on the new files goes with them; so does the base model by its name, once the old ones are gone from memory.
+        await assert_says_what_peft_says(serving, after, base, name)
+    await collect(restarted.generate(ask(PROMPT, model=name, max_tokens=2)))
+    if technique == "oft":
+        with pytest.raises(FailedPrecondition, match="changed since"):
+            await collect(engine.generate(ask_version(other, name)))
+    else:
+        # The old weights are still in memory, and what belongs on them is put on them.
+        assert (await collect(engine.generate(ask_version(other, name)))).text
+    await restarted.stop()
+
+
+async def test_a_whole_model_does_not_need_the_base_that_it_came_from(changing: tuple[Path, EmbeddedEngine], tmp_path: Path) -> None:
+    base, engine = changing
+    whole = make_version(tmp_path, "whole", base, "full", described=read_revision(base))
+    expected, _ = continue_plainly(load_plain(whole.directory), AutoTokenizer.from_pretrained(base)(PROMPT).input_ids, TOKENS)
+    change_base(base)
+    answer = await collect(engine.generate(ask_version(whole, str(base))))
+    assert [position.chosen.token for delta in answer.deltas for position in delta.logprobs][:1] == [
+        AutoTokenizer.from_pretrained(base).decode(expected[:1])
+    ]
+
+
+async def test_a_base_model_that_changes_is_read_anew_once_nothing_holds_the_old_one(
+    changing: tuple[Path, EmbeddedEngine], tmp_path: Path
+) -> None:
+    base, engine = changing
+    request = ask(PROMPT, model=str(base), max_tokens=TOKENS, logprobs=0)
+    first = await collect(engine.generate(request))
+    change_base(base)
+    assert list_logprobs(await collect(engine.generate(request))) == list_logprobs(first)
+    await asyncio.sleep(0.05)  # the requests have ended
+    await engine.forget(str(base))
+    assert list_logprobs(await collect(engine.generate(request))) != list_logprobs(first)
 
 
 async def test_a_low_rank_adapter_over_the_pool_is_merged(tiny: Tiny, tmp_path: Path) -> None:

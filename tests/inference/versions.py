@@ -20,9 +20,11 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from server.basemodels.loading import load_tokenizer
 from server.basemodels.quantization import dequantize_in_place
+from server.basemodels.rendering import PROBE, effective_template, render
 from server.domain.techniques import Quantization
 from server.storage.artefacts import Artefact, ArtefactStore, Described
 
@@ -95,10 +97,11 @@ def make_version(
                 if parameter.requires_grad and "ranknum" not in name:
                     parameter.add_(torch.randn_like(parameter) * (scale / 10 if technique == "full" else scale))
         model.save_pretrained(directory)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base)
+        tokenizer.chat_template = effective_template(tokenizer)
         tokenizer.save_pretrained(directory)
         kind = "model" if technique == "full" else "adapter"
-        golden = tokenizer("Who keeps the maps?").input_ids
+        golden = render(tokenizer, PROBE).token_ids
         return {"kind": kind, "technique": technique, "base_model": family, "golden_token_ids": golden, "stop_token_ids": [2], **described}
 
     return ArtefactStore(storage).write(path, fill)

@@ -191,6 +191,27 @@ def test_another_job_starts_from_a_versions_weights_and_only_from_the_sealed_one
     assert failure.value.reason is FailureReason.ARTIFACT_INVALID
 
 
+@pytest.mark.parametrize("technique", [LoraTechnique(rank=4, alpha=8.0), FullTechnique()])
+def test_an_adapter_is_no_start_on_a_base_that_has_changed_and_a_whole_model_is(technique: Technique, tmp_path: Path) -> None:
+    build_tiny_causal_model(tmp_path / "models" / "llama")
+    workplace = make_workplace(tmp_path, tmp_path / "models", technique, max_steps=1, learning_rate=1e-3)
+    (result,) = of(workplace.train(), ResultReady)
+    workplace.order = replace(
+        workplace.order,
+        artifact_path="default/models/mdl_1/job_2-1",
+        warm_start_path=result.artifact_path,
+        warm_start_manifest_sha256=result.manifest_sha256,
+    )
+    config = Path(workplace.order.spec.base_model) / "config.json"
+    config.write_text(config.read_text() + "\n")
+    if isinstance(technique, FullTechnique):
+        assert of(workplace.train(), ResultReady)
+        return
+    with pytest.raises(JobFailure, match="not what it was") as failure:
+        workplace.train()
+    assert failure.value.reason is FailureReason.BASE_MODEL_UNAVAILABLE
+
+
 def test_a_result_tells_what_was_measured_and_made_of_what(tmp_path: Path, models: Path) -> None:
     events = make_workplace(tmp_path, models).train()
     (result,) = of(events, ResultReady)
