@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS
+from server.domain.cross_encoders import CROSS_ENCODERS
 from server.domain.generation import EmbedRole
 from server.settings import Settings
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
+# And its cross-encoders this one.
+ENCODERS_MEMORY_SHARE = 0.2
 TOKEN_CACHE_BYTES = 4 << 30  # some 500 million tokens of datasets that were trained on, oldest use dropped first
 STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
 HEALTH_SECONDS = 2.0  # how often the engine is asked whether it lives
@@ -180,17 +183,22 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     from server.inference.library import LoadingOptions
     from server.inference.server import serve
     from server.rag.embedding import Embedder
+    from server.rag.reranking import CrossEncoders
+    from server.rag.shelf import Shelf
 
     _prepare_torch(settings)
     source = _make_source(settings)
     store = _open_artefacts(settings)
+    memory_bytes = psutil.virtual_memory().total
+    shelf = Shelf(int(memory_bytes * ENCODERS_MEMORY_SHARE))
     engine = EmbeddedEngine(
         base_models=source,
         versions=store,
         embedder=_Listing(Embedder(lambda name: source.resolve(name).directory)),
+        reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
         previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
-        max_model_bytes=int(psutil.virtual_memory().total * ENGINE_MEMORY_SHARE),
+        max_model_bytes=int(memory_bytes * ENGINE_MEMORY_SHARE),
     )
     await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
 
@@ -301,7 +309,8 @@ def _make_source(settings: Settings) -> "BaseModelSource":
 
 def _list_aliases() -> list[tuple[str, str]]:
     bases = [(alias, model.base_model_id) for model in BASE_MODELS for alias in model.aliases]
-    return bases + [(alias, model.embedding_model_id) for model in EMBEDDING_MODELS for alias in model.aliases]
+    cross_encoders = [(alias, model.cross_encoder_id) for model in CROSS_ENCODERS for alias in model.aliases]
+    return bases + cross_encoders + [(alias, model.embedding_model_id) for model in EMBEDDING_MODELS for alias in model.aliases]
 
 
 class _JsonLines(logging.Formatter):

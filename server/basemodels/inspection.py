@@ -37,6 +37,15 @@ def check_directory(directory: Path, base_model: str, *, may_ignore_code: bool =
             _check_modules(path, base_model)
 
 
+def check_cross_encoder(directory: Path, model: str) -> None:
+    """Refuse what is no classifier of one label. Raises BaseModelRefused."""
+    config = read_json(directory / "config.json", model) if directory.is_dir() else {}
+    architectures = config.get("architectures") if isinstance(config, dict) else None
+    labels = config.get("id2label") if isinstance(config, dict) else None
+    if not str(architectures).endswith("ForSequenceClassification']") or not isinstance(labels, dict) or len(labels) != 1:
+        raise BaseModelRefused(f"{model} is no cross-encoder: it gives no one score for a pair of texts.", reason="NOT_A_CROSS_ENCODER")
+
+
 def _check_configuration(path: Path, base_model: str, may_ignore_code: bool) -> None:
     config = read_json(path, base_model)
     if not isinstance(config, dict) or not config.get("auto_map"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.basemodels.errors import BaseModelUnavailable
 from server.basemodels.hub import HubModels
-from server.basemodels.inspection import check_directory, fingerprint_directory
+from server.basemodels.inspection import check_cross_encoder, check_directory, fingerprint_directory
 from server.basemodels.packaged import PACKAGED_MODELS, PackagedModel
 from server.basemodels.shapes import read_shape
 from server.domain.catalogue import find_base_model
@@ -101,6 +101,15 @@ class BaseModelSource:
             raise NotFound.of("base model", base_model)
         elif not self.is_present(name):
             self._hub.ask(name)
+
+    def check_cross_encoder(self, model: str) -> None:
+        """Raise as `check`, and BaseModelRefused for one whose files lie here and say that it gives no one score for a pair of texts."""
+        self.check(model)
+        name = self.canonical_name(model)
+        packaged = PACKAGED_MODELS.get(name)
+        directory = packaged.locate() if packaged else self._find_local(name) if name.startswith("/") else self._hub.find_cached(name)
+        if directory is not None:
+            check_cross_encoder(directory, model)
 
     def canonical_name(self, base_model: str) -> str:
         """Give the hub id or path that an alias stands for; anything else stays."""

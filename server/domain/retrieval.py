@@ -39,6 +39,18 @@ MetadataFilter = tuple[MetadataCondition, ...]  # all must hold
 
 
 @dataclass(frozen=True, slots=True)
+class Rerank:
+    """The best candidates scored again by a cross-encoder. candidates 0: four times top_k. An empty model: none."""
+
+    model: str
+    candidates: int = 0
+    timeout_seconds: float = 2.0
+
+
+MAX_CANDIDATES = 1_000
+
+
+@dataclass(frozen=True, slots=True)
 class RetrievalSettings:
     """A model's search defaults. similarity_threshold applies to `1 - cosine distance` (-1 to 1) only."""
 
@@ -49,6 +61,14 @@ class RetrievalSettings:
     dense_weight: float = 1.0
     lexical_weight: float = 1.0
     filter: MetadataFilter = ()
+    rerank: Rerank | None = None
+
+    @property
+    def candidate_count(self) -> int:
+        """How many chunks a search must give: those that are scored again, or those that are answered."""
+        if self.rerank is None:
+            return self.top_k
+        return self.rerank.candidates or min(4 * self.top_k, MAX_CANDIDATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +82,7 @@ class RetrievalOverrides:
     dense_weight: float | None = None
     lexical_weight: float | None = None
     filter: MetadataFilter | None = None
+    rerank: Rerank | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +135,22 @@ class RetrievedChunk:
     title: str
     scores: Scores
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+
+
+class RerankFailure(StrEnum):
+    """Why the order of the search stands."""
+
+    TIMEOUT = "TIMEOUT"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class RerankOutcome:
+    """What became of a reranking; `message` says why not, as a sentence."""
+
+    candidate_count: int
+    failure: RerankFailure | None = None
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,11 @@ class EngineClient:
         """Embed to unit vectors, one per text."""
         return (await self._call("Embed", wire.EMBED, wire.Embed(embedding_model, tuple(texts), role), wire.Vectors)).vectors
 
+    async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
+        """Score texts for a query by a cross-encoder; None where the time was not enough."""
+        asked = wire.Rerank(model, query, tuple(texts), timeout_seconds)
+        return (await self._call("Rerank", wire.RERANK, asked, wire.RerankScores)).scores
+
     async def preview(self, order: PreviewOrder) -> Preview:
         """Show records as a base model reads them."""
         return (await self._call("Preview", wire.PREVIEW, order, wire.Previewed)).preview

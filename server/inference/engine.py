@@ -29,6 +29,13 @@ class Embedder(Protocol):
         """Give one unit vector per text."""
 
 
+class Reranker(Protocol):
+    """Scores texts for a query (rag/reranking.py, injected by app.py). Blocking."""
+
+    def score(self, model: str, query: str, texts: Sequence[str], deadline_seconds: float) -> Sequence[float] | None:
+        """Give one score per text; None where `deadline_seconds` (of time.monotonic) came first."""
+
+
 class Previewer(Protocol):
     """Shows records (datafiles/previewing.py, injected by app.py). Blocking."""
 
@@ -49,6 +56,7 @@ class EmbeddedEngine:
         versions: VersionFiles,
         embedder: Embedder | None,
         previewer: Previewer | None = None,
+        reranker: Reranker | None = None,
         options: LoadingOptions,
         max_model_bytes: int,
         idle_seconds: float | None = None,
@@ -62,6 +70,7 @@ class EmbeddedEngine:
         self._sweeper: asyncio.Task[None] | None = None
         self._embedder = embedder
         self._embedding = ThreadPoolExecutor(1, "engine-embeds")
+        self._reranker, self._reranking = reranker, ThreadPoolExecutor(1, "engine-reranks")
         self._previewer, self._previewing = previewer, ThreadPoolExecutor(1, "engine-previews")
 
     def start(self) -> None:
@@ -77,6 +86,7 @@ class EmbeddedEngine:
         await asyncio.to_thread(self._stepper.stop)
         self._residents.stop()
         self._embedding.shutdown(wait=False, cancel_futures=True)
+        self._reranking.shutdown(wait=False, cancel_futures=True)
         self._previewing.shutdown(wait=False, cancel_futures=True)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent]:
@@ -117,6 +127,13 @@ class EmbeddedEngine:
         if self._embedder is None:
             raise FailedPrecondition("This engine embeds nothing.", reason="EMBEDDER_MISSING")
         return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embedder.embed, embedding_model, texts, role)
+
+    async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
+        """Score texts for a query through the injected reranker; None where the time, waiting and loading included, was not enough."""
+        if self._reranker is None:
+            raise FailedPrecondition("This engine reranks nothing.", reason="RERANKER_MISSING")
+        deadline = time.monotonic() + timeout_seconds
+        return await asyncio.get_running_loop().run_in_executor(self._reranking, self._reranker.score, model, query, texts, deadline)
 
     async def preview(self, order: PreviewOrder) -> Preview:
         """Show records as a base model reads them, through the injected previewer; needs the tokenizer only."""

@@ -54,6 +54,9 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         vectors = await engine.embed(request.embedding_model, request.texts, request.role)
         return wire.Vectors(tuple(tuple(vector) for vector in vectors))
 
+    async def rerank(request: wire.Rerank) -> wire.UnaryReply:
+        return wire.RerankScores(await engine.rerank(request.model, request.query, request.texts, request.timeout_seconds))
+
     async def preview(request: PreviewOrder) -> wire.UnaryReply:
         return wire.Previewed(await engine.preview(request))
 
@@ -79,6 +82,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
             "CountTokens": _handle_unary(wire.COUNT_TOKENS, count_tokens),
             "ReadContextTokens": _handle_unary(wire.READ_CONTEXT_TOKENS, read_context_tokens),
             "Embed": _handle_unary(wire.EMBED, embed),
+            "Rerank": _handle_unary(wire.RERANK, rerank),
             "Preview": _handle_unary(wire.PREVIEW, preview),
             "Load": _handle_unary(wire.LOAD, load),
             "Unload": _handle_unary(wire.UNLOAD, unload),

@@ -40,6 +40,24 @@ class Embed:
 
 
 @dataclass(frozen=True, slots=True)
+class Rerank:
+    """Asks for the scores of texts for a query."""
+
+    model: str
+    query: str
+    texts: Sequence[str]
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RerankScores:
+    """One score per text; None: the time was not enough."""
+
+    scores: Sequence[float] | None
+    kind: Literal["scores"] = "scores"
+
+
+@dataclass(frozen=True, slots=True)
 class Previewed:
     """Records as a base model reads them."""
 
@@ -114,7 +132,7 @@ class Done:
 
 
 GenerateReply = Delta | GenerationFinished | Failure
-UnaryReply = Previewed | TokenCounts | ContextTokens | Vectors | Done | EngineStatus | Failure
+UnaryReply = Previewed | TokenCounts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
 
 GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)
@@ -122,6 +140,7 @@ READ_CONTEXT_TOKENS = Codec[ReadContextTokens](ReadContextTokens)
 EMBED = Codec[Embed](Embed)
 LOAD = Codec[Load](Load)
 UNLOAD = Codec[Unload](Unload)
+RERANK = Codec[Rerank](Rerank)
 FORGET = Codec[Forget](Forget)
 PREVIEW = Codec[PreviewOrder](PreviewOrder)
 DESCRIBE = Codec[Describe](Describe)

@@ -76,7 +76,7 @@ def _apply_catalogue(own: EmbeddingProfile, known: EmbeddingModel) -> EmbeddingP
 def _read_modules(embedding_model: str, directory: Path) -> EmbeddingProfile:
     if not (directory / "modules.json").is_file():
         # A bare transformer: Sentence Transformers takes the mean as well.
-        return EmbeddingProfile(embedding_model, _read_max_tokens(directory, {}), Pooling.MEAN)
+        return EmbeddingProfile(embedding_model, read_max_tokens(directory, {}), Pooling.MEAN)
     modules = cast(list[dict[str, str]], json.loads((directory / "modules.json").read_text("utf-8")))
     kinds = [_read_kind(embedding_model, module["type"]) for module in modules]
     for module in modules:
@@ -87,7 +87,7 @@ def _read_modules(embedding_model: str, directory: Path) -> EmbeddingProfile:
     query_prefix, passage_prefix = _read_prompts(directory)
     return EmbeddingProfile(
         embedding_model,
-        _read_max_tokens(directory / transformer_path, settings),
+        read_max_tokens(directory / transformer_path, settings),
         _read_pooling(directory / modules[1]["path"]) if simple else None,
         query_prefix,
         passage_prefix,
@@ -123,7 +123,7 @@ def _read_pooling(directory: Path) -> Pooling | None:
     return _POOLINGS.get(modes[0]) if len(modes) == 1 else None
 
 
-def _read_max_tokens(directory: Path, settings: dict[str, object]) -> int:
+def read_max_tokens(directory: Path, settings: dict[str, object]) -> int:
     """Give the smallest of what the model's files say that it reads."""
     config = _read_json(directory / "config.json")
     limits = [settings.get("max_seq_length"), _read_json(directory / "tokenizer_config.json").get("model_max_length")]

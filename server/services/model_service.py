@@ -27,7 +27,8 @@ from server.services.requests import (
     PageRequest,
     UpdateModel,
 )
-from server.services.validation import MAX_DESCRIPTION_CHARACTERS, MAX_NAME_CHARACTERS, Violations, check_retrieval
+from server.services.reranking import check_cross_encoder
+from server.services.validation import MAX_DESCRIPTION_CHARACTERS, MAX_NAME_CHARACTERS, Violations, check_retrieval, check_settings
 
 CatalogueEntry = TypeVar("CatalogueEntry", BaseModel, EmbeddingModel)
 
@@ -59,9 +60,11 @@ class ModelService:
 
     async def update_model(self, organization: str, request: UpdateModel) -> Model:
         """Change names, labels and retrieval defaults. Raises NotFound, InvalidInput."""
+        found = Violations()
+        await check_cross_encoder(self._base_models, found, request.retrieval)
         async with self._database.transaction(organization) as transaction:
             model = await transaction.models.get(request.model_id, lock=True)
-            changed = _apply(model, request)
+            changed = _apply(found, model, request)
             await transaction.models.save(changed)
             return await transaction.models.get(request.model_id)
 
@@ -140,9 +143,8 @@ def _name(item: BaseModel | EmbeddingModel) -> str:
     return item.base_model_id if isinstance(item, BaseModel) else item.embedding_model_id
 
 
-def _apply(model: Model, request: UpdateModel) -> Model:
+def _apply(found: Violations, model: Model, request: UpdateModel) -> Model:
     """Check and apply the changes; what was left out stays."""
-    found = Violations()
     if request.display_name is not None:
         found.text("display_name", request.display_name, MAX_NAME_CHARACTERS, least=1)
     if request.description is not None:
@@ -154,12 +156,16 @@ def _apply(model: Model, request: UpdateModel) -> Model:
         if model.rag is None:
             found.add("retrieval", "can be set on RAG models only")
     found.raise_if_any()
+    rag = replace(model.rag, retrieval=merge_retrieval(model.rag.retrieval, request.retrieval)) if model.rag else None
+    if rag is not None:
+        check_settings(found, rag.retrieval)
+    found.raise_if_any()
     return replace(
         model,
         display_name=model.display_name if request.display_name is None else request.display_name,
         description=model.description if request.description is None else request.description,
         labels=labels,
-        rag=replace(model.rag, retrieval=merge_retrieval(model.rag.retrieval, request.retrieval)) if model.rag else None,
+        rag=rag,
     )
 
 

@@ -296,6 +296,9 @@ class Engine(Protocol):
     async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
         """Embed to unit vectors, one per text."""
 
+    async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
+        """Score texts for a query by a cross-encoder, higher is better; None where the time was not enough."""
+
     async def preview(self, order: PreviewOrder) -> Preview:
         """Show records as a base model reads them. Raises FailedPrecondition where its tokenizer or the file cannot be read."""
 
@@ -311,6 +314,9 @@ class BaseModels(Protocol):
 
     def check(self, base_model: str) -> None:
         """Raise NotFound, BaseModelUnavailable or BaseModelRefused where the model could not be loaded; convert and download nothing."""
+
+    def check_cross_encoder(self, model: str) -> None:
+        """Raise as `check`, and BaseModelRefused for one whose files lie here and say that it gives no one score for a pair of texts."""
 
     def is_present(self, base_model: str) -> bool:
         """Tell whether it can be loaded here now, without the hub."""

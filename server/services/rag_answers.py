@@ -16,7 +16,7 @@ from server.domain.generation import (
     TokenUsage,
 )
 from server.domain.models import RagConfiguration
-from server.domain.retrieval import Citation, RetrievedChunk
+from server.domain.retrieval import Citation, RerankOutcome, RetrievedChunk
 from server.services.citations import cite_answer
 from server.services.ports import Engine
 from server.services.rag_models import merge_retrieval
@@ -38,6 +38,7 @@ class Sources:
     chunks: Sequence[RetrievedChunk]
     grounded: bool
     timings: RetrievalTimings
+    rerank: RerankOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class RagAnswers:
                 yield piece
             return
         chunks = await self._fit(generator, request, rag, retrieved)
-        yield Sources(chunks, True, retrieved.timings)
+        yield Sources(chunks, True, retrieved.timings, retrieved.rerank)
         messages = build_messages(request.query, chunks, template=rag.prompt_template, earlier=request.messages)
         asked = GenerationRequest(request_id, generator, request.parameters, messages=messages)
         texts: list[str] = []
@@ -138,7 +139,7 @@ def _finish(
 def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: Retrieved) -> Sequence[RagEvent]:
     nothing = Timings(0.0, 0.0, 0.0)
     return [
-        Sources((), False, retrieved.timings),
+        Sources((), False, retrieved.timings, retrieved.rerank),
         Delta(say_nothing_found(request.query)),
         RagFinished(FinishReason.STOP, TokenUsage(0, 0), nothing, request.model_id, generator, (), 0, grounded=False),
     ]

@@ -18,7 +18,8 @@ from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
 from server.services.rag_prompt import check_template
 from server.services.requests import AddDocuments, Created, CreateRagModel
-from server.services.validation import Violations, check_retrieval
+from server.services.reranking import check_cross_encoder
+from server.services.validation import Violations, check_retrieval, check_settings
 
 MAX_DOCUMENTS = 1_000  # per request
 MAX_DOCUMENT_CHARACTERS = 2_000_000
@@ -42,6 +43,7 @@ class RagModels:
         _check_plain(found, request)
         embedding_model = self._base_models.canonical_name(request.embedding_model)
         await check_base_model(self._base_models, found, "embedding_model", embedding_model)
+        await check_cross_encoder(self._base_models, found, request.retrieval)
         _check_chunking(found, request, embedding_model)
         generator = self._base_models.canonical_name(request.generator_model_id)
         if not generator.startswith(f"{MODEL}_"):
@@ -114,6 +116,7 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
         dense_weight=settings.dense_weight if asked.dense_weight is None else asked.dense_weight,
         lexical_weight=settings.lexical_weight if asked.lexical_weight is None else asked.lexical_weight,
         filter=settings.filter if asked.filter is None else asked.filter,
+        rerank=settings.rerank if asked.rerank is None else (asked.rerank if asked.rerank.model else None),
     )
 
 
@@ -134,6 +137,8 @@ def _check_plain(found: Violations, request: CreateRagModel) -> None:
     found.name(request.display_name, request.description, request.request_id)
     found.labels(request.labels)
     check_retrieval(found, request.retrieval)
+    if not found.found:
+        check_settings(found, merge_retrieval(default_retrieval(request.embedding_model), request.retrieval))
     check_documents(found, request.documents)
     found.text("prompt_template", request.prompt_template, MAX_TEMPLATE_CHARACTERS)
     if request.prompt_template and len(request.prompt_template) <= MAX_TEMPLATE_CHARACTERS:

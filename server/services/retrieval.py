@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole
 from server.domain.models import ModelState, RagConfiguration
-from server.domain.retrieval import MetadataFilter, RetrievalSettings, RetrievedChunk, Search, SearchMode
+from server.domain.retrieval import MetadataFilter, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.lexical.analysis import analyse_query
 from server.services.ports import Database, Engine, Transaction
 from server.services.rag_models import merge_retrieval
 from server.services.requests import Retrieve
-from server.services.validation import Violations, check_retrieval
+from server.services.reranking import rerank_chunks
+from server.services.validation import Violations, check_retrieval, check_settings
 
 MAX_QUERY_CHARACTERS = 20_000
 
@@ -24,15 +25,17 @@ class RetrievalTimings:
     embed_seconds: float
     search_seconds: float
     total_seconds: float
+    rerank_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """What a search found, with the settings that it used."""
+    """What a search found, with the settings that it used. `rerank` None: none was asked for."""
 
     chunks: Sequence[RetrievedChunk]
     settings: RetrievalSettings
     timings: RetrievalTimings
+    rerank: RerankOutcome | None = None
 
 
 class Retrieval:
@@ -64,19 +67,27 @@ class Retrieval:
 
     async def search(self, organization: str, model_id: str, query: str, rag: RagConfiguration, settings: RetrievalSettings) -> Retrieved:
         """Find the chunks for a query that was checked, best first."""
-        _check_weights(settings)
+        _check_together(settings)
         start = time.perf_counter()
         vector: Sequence[float] = ()
         if settings.search_mode is not SearchMode.LEXICAL:
             vector = (await self._engine.embed(rag.embedding_model, [query], EmbedRole.QUERY))[0]
         embedded = time.perf_counter()
-        search = Search(settings, vector, analyse_query(query) if settings.search_mode is not SearchMode.DENSE else ())
+        search = Search(
+            replace(settings, top_k=settings.candidate_count),
+            vector,
+            analyse_query(query) if settings.search_mode is not SearchMode.DENSE else (),
+        )
         async with self._database.transaction(organization) as transaction:
             chunks = await transaction.documents.search(model_id, search)
             if not chunks and settings.filter:
                 await _check_filter(transaction, model_id, settings.filter)
+        searched, outcome = time.perf_counter(), None
+        if settings.rerank is not None:
+            chunks, outcome = await rerank_chunks(self._engine, settings.rerank, query, chunks, settings.top_k)
         end = time.perf_counter()
-        return Retrieved(chunks, settings, RetrievalTimings(embedded - start, end - embedded, end - start))
+        timings = RetrievalTimings(embedded - start, searched - embedded, end - start, end - searched if outcome else 0.0)
+        return Retrieved(chunks, settings, timings, outcome)
 
 
 def check_query(found: Violations, model_id: str, query: str) -> None:
@@ -86,11 +97,12 @@ def check_query(found: Violations, model_id: str, query: str) -> None:
     found.text("query", query, MAX_QUERY_CHARACTERS, least=1)
 
 
-def _check_weights(settings: RetrievalSettings) -> None:
+def _check_together(settings: RetrievalSettings) -> None:
+    found = Violations()
+    check_settings(found, settings)
     if settings.search_mode is SearchMode.HYBRID and not settings.dense_weight and not settings.lexical_weight:
-        found = Violations()
         found.add("retrieval.dense_weight", "must not be 0 where lexical_weight is 0 too: nothing would be searched")
-        found.raise_if_any()
+    found.raise_if_any()
 
 
 async def _check_filter(transaction: Transaction, model_id: str, where: MetadataFilter) -> None:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from server.domain.errors import FieldViolation, InvalidInput
 from server.domain.generation import ChatMessage, GenerationParameters, Role
-from server.domain.retrieval import MetadataFilter, RetrievalOverrides
+from server.domain.retrieval import MAX_CANDIDATES, MetadataFilter, RetrievalOverrides, RetrievalSettings
 
 Number = TypeVar("Number", int, float)
 
@@ -29,6 +29,8 @@ MAX_KEY_CHARACTERS = 128
 MAX_VALUE_CHARACTERS = 10_000
 MAX_SEED = 2**31 - 1
 MAX_LOGPROBS = 20
+MAX_MODEL_CHARACTERS = 512
+MAX_RERANK_SECONDS = 60
 MAX_SEQUENCE = 2**31 - 1  # of an event in a job's log
 
 
@@ -134,8 +136,19 @@ def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: st
     found.number(f"{prefix}max_context_tokens", retrieval.max_context_tokens, 1, MAX_CONTEXT_TOKENS)
     found.number(f"{prefix}dense_weight", retrieval.dense_weight, 0, MAX_WEIGHT)
     found.number(f"{prefix}lexical_weight", retrieval.lexical_weight, 0, MAX_WEIGHT)
+    if retrieval.rerank is not None:
+        found.text(f"{prefix}rerank.model", retrieval.rerank.model, MAX_MODEL_CHARACTERS)
+        found.number(f"{prefix}rerank.candidates", retrieval.rerank.candidates, 0, MAX_CANDIDATES)
+        found.number(f"{prefix}rerank.timeout_seconds", retrieval.rerank.timeout_seconds, 0, MAX_RERANK_SECONDS, above=True)
     if retrieval.filter is not None:
         _check_filter(found, retrieval.filter, f"{prefix}filter.conditions")
+
+
+def check_settings(found: Violations, settings: RetrievalSettings, prefix: str = "retrieval.") -> None:
+    """Check what a request's and a model's settings make together."""
+    if settings.rerank is not None and settings.candidate_count < settings.top_k:
+        fewest = f"must be at least top_k, which is {settings.top_k:,}, not {settings.rerank.candidates:,}"
+        found.add(f"{prefix}rerank.candidates", fewest)
 
 
 def _check_filter(found: Violations, where: MetadataFilter, field: str) -> None:

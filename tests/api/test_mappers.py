@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
 from typing import Any, get_args
@@ -50,8 +51,19 @@ from server.domain.generation import FinishReason, GenerationParameters, Role
 from server.domain.jobs import JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
-from server.domain.retrieval import MetadataCondition, MetadataValue, RetrievalOverrides, RetrievalSettings, SearchMode
+from server.domain.retrieval import (
+    MetadataCondition,
+    MetadataValue,
+    Rerank,
+    RerankFailure,
+    RerankOutcome,
+    RetrievalOverrides,
+    RetrievalSettings,
+    SearchMode,
+)
 from server.domain.specs import EarlyStopping, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
+from server.services.rag_models import merge_retrieval
+from server.services.retrieval import RetrievalTimings, Retrieved
 from server.services.validation import Violations
 from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
 from tests.api.samples import DOCUMENT, FINE_TUNE, INDEX, JOB, MODEL, RAG_ANSWER, RAG_MODEL, TIME
@@ -148,10 +160,39 @@ def test_everything_that_may_be_said_of_a_training_is_read() -> None:
     )  # fmt: skip
 
 
-def test_scoring_again_is_refused_until_it_is_built() -> None:
+def test_reranking_is_read_written_whole_and_turned_off_by_an_empty_model() -> None:
     found = Violations()
-    retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=retrieval_pb2.RetrievalConfig.Rerank()), found)
-    assert named(found) == ["retrieval.rerank"]
+    asked = retrieval_pb2.RetrievalConfig.Rerank(model="m", candidates=9, timeout_seconds=0.5)
+    assert retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=asked), found).rerank == Rerank("m", 9, 0.5)
+    bare = retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=retrieval_pb2.RetrievalConfig.Rerank(model="m")), found)
+    settings = merge_retrieval(RetrievalSettings(top_k=7), bare)
+    written = retrieval.settings_to_proto(settings).rerank
+    assert (written.model, written.candidates, written.timeout_seconds) == ("m", 28, 2.0)
+    off = retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=retrieval_pb2.RetrievalConfig.Rerank()), found)
+    assert merge_retrieval(settings, off).rerank is None
+    assert merge_retrieval(settings, RetrievalOverrides()).rerank == Rerank("m")
+    assert not retrieval.settings_to_proto(merge_retrieval(settings, off)).HasField("rerank")
+    assert named(found) == []
+    none = retrieval_pb2.RetrievalConfig.Rerank(model="m", candidates=0)
+    retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=none), found)
+    assert named(found) == ["retrieval.rerank.candidates"]
+
+
+def test_what_became_of_a_reranking_goes_with_every_answer() -> None:
+    late = RerankOutcome(20, RerankFailure.TIMEOUT, "Too late.")
+    said = {"reranked": False, "reason": "REASON_TIMEOUT", "message": "Too late.", "candidate_count": 20}
+    sources = replace(RAG_ANSWER.sources, rerank=late)
+    settings = RetrievalSettings(rerank=Rerank("m"))
+    for message in (
+        rag.rag_answer_to_proto(replace(RAG_ANSWER, sources=sources)),
+        rag.sources_to_proto(sources),
+        retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), late)),
+    ):
+        written = json_format.MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        assert written["rerank"] == said
+    done = retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), RerankOutcome(20)))
+    assert (done.rerank.reranked, done.rerank.reason, done.timings.rerank_seconds) == (True, 0, 0.5)
+    assert not rag.rag_answer_to_proto(RAG_ANSWER).HasField("rerank")
 
 
 FILTER = (

@@ -14,6 +14,7 @@ from server.basemodels.errors import BaseModelRefused, BaseModelUnavailable
 from server.basemodels.packaged import PACKAGED_MODELS, PackagedModel
 from server.basemodels.sources import BaseModelSource, SourceKind
 from server.domain.errors import NotFound
+from tests.tiny_cross_encoders import build_tiny_cross_encoder
 from tests.tiny_models import build_tiny_causal_model, build_tiny_embedding_model
 
 MINI_LM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -47,6 +48,16 @@ def test_packaged_weights_that_are_not_the_pinned_ones_are_not_used() -> None:
 def test_weights_of_a_package_that_is_not_installed_are_unavailable() -> None:
     with pytest.raises(BaseModelUnavailable, match="not installed"):
         PackagedModel("some/model", "no-such-distribution", "x.gguf", {"": "0"}).verify()
+
+
+def test_a_cross_encoder_is_told_from_other_models_by_its_configuration(source: BaseModelSource, models: Path) -> None:
+    source.check_cross_encoder(str(build_tiny_cross_encoder(models / "ranks")))
+    for other in (build_tiny_cross_encoder(models / "two", labels=2), build_tiny_embedding_model(models / "embeds")):
+        with pytest.raises(BaseModelRefused, match="no cross-encoder") as refused:
+            source.check_cross_encoder(str(other))
+        assert refused.value.reason == "NOT_A_CROSS_ENCODER"
+    with pytest.raises(NotFound):
+        source.check_cross_encoder(str(models / "nowhere"))
 
 
 def test_a_local_directory_resolves_and_its_revision_follows_its_weights(source: BaseModelSource, models: Path) -> None:

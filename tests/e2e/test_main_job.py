@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from tests.e2e.stack import DEFAULTS, Stack
+from tests.tiny_cross_encoders import build_tiny_cross_encoder
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -200,6 +201,27 @@ def test_words_find_what_vectors_do_and_each_score_has_its_name(stack: Stack, li
         assert all(scores == chunk["scores"].keys() for chunk in found["chunks"])
         assert found["retrieval"]["search_mode"] == f"SEARCH_MODE_{mode}"
         assert found["retrieval"]["filter"]["conditions"][0]["range"] == {"at_least": 2000}
+
+
+def test_a_cross_encoder_orders_what_was_found_or_says_that_its_time_ran_out(stack: Stack, library: str) -> None:
+    model = str(build_tiny_cross_encoder(stack.data_directory / "models" / "ranks"))
+
+    def rerank(seconds: float) -> dict[str, Any]:
+        retrieval = {"top_k": 2, "similarity_threshold": -1, "rerank": {"model": model, "timeout_seconds": seconds}}
+        return {"model_id": library, "query": LAMP_QUERY, "retrieval": retrieval, "parameters": {"max_tokens": 1}}
+
+    found = post(stack, "/rag/retrieve", rerank(60))
+    assert found["rerank"] == {"reranked": True, "reason": "REASON_UNSPECIFIED", "message": "", "candidate_count": 3}
+    first, second = (chunk["scores"]["rerank"] for chunk in found["chunks"])
+    assert first > second
+    assert found["retrieval"]["rerank"] == {"model": model, "candidates": 8, "timeout_seconds": 60}
+    assert found["timings"]["rerank_seconds"] > 0
+    late = post(stack, "/rag/inference", rerank(1e-6))
+    assert (late["rerank"]["reranked"], late["rerank"]["reason"]) == (False, "REASON_TIMEOUT")
+    assert late["chunks"][0]["scores"].keys() == {"similarity"}
+    assert next(stream(stack, "POST", "/rag/inference/stream", rerank(1e-6)))["sources"]["rerank"]["reason"] == "REASON_TIMEOUT"
+    refused = httpx.post(f"{stack.api}/rag/retrieve", json={**rerank(1), "retrieval": {"rerank": {"model": MINILM}}}, timeout=SECONDS)
+    assert (refused.status_code, refused.json()["details"][0]["reason"]) == (400, "CROSS_ENCODER_UNAVAILABLE")
 
 
 def test_an_answer_from_documents_streams_its_sources_text_and_verified_citations(stack: Stack, library: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from server.domain.errors import NotFound
 from server.inference.batching import BatchLimits
-from server.inference.engine import EmbeddedEngine
+from server.inference.engine import EmbeddedEngine, Reranker
 from server.inference.library import BaseModelResolver, LoadingOptions
 from server.storage.artefacts import ArtefactStore
 
@@ -44,12 +44,14 @@ def make_engine(
     dtype: torch.dtype = torch.float32,
     idle_seconds: float | None = None,
     base_models: BaseModelResolver | None = None,
+    reranker: Reranker | None = None,
 ) -> EmbeddedEngine:
     """Make an engine over tiny models, in float32 where nothing else is said."""
     return EmbeddedEngine(
         base_models=base_models or Directories(table),
         versions=ArtefactStore(storage),
         embedder=None,
+        reranker=reranker,
         options=LoadingOptions(limits or LIMITS, max_adapter_ranks, dtype),
         max_model_bytes=max_model_bytes,
         idle_seconds=idle_seconds,

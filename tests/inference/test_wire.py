@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -127,6 +128,20 @@ async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Pat
     assert [list(vector) for vector in vectors] == [[1.0, 1.0], [3.0, 1.0]]
     with pytest.raises(NotFound):
         await served.client.embed("other", ["a"], EmbedRole.PASSAGE)
+    await served.end()
+
+
+async def test_scores_come_from_the_injected_reranker_which_is_told_the_end_of_its_time(tmp_path: Path, socket_path: Path) -> None:
+    class Lengths:
+        def score(self, model: str, query: str, texts: Sequence[str], deadline_seconds: float) -> Sequence[float] | None:
+            left = deadline_seconds - time.monotonic()
+            assert 0 < left <= 30
+            return [float(len(query) + len(text)) for text in texts] if model == "lengths" and left > 10 else None
+
+    served = Served(make_engine({}, tmp_path, reranker=Lengths()), socket_path)
+    await served.ready.wait()
+    assert await served.client.rerank("lengths", "q", ["a", "bcd"], 30.0) == [2.0, 4.0]
+    assert await served.client.rerank("lengths", "q", ["a"], 5.0) is None
     await served.end()
 
 

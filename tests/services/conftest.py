@@ -56,12 +56,13 @@ class UseCases:
     datasets: Datasets
     versions: Versions
     storage: Path
+    local_models: Path
 
 
 @pytest.fixture
 async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[UseCases]:
-    storage = tmp_path / "storage"
-    files, source = LocalFiles(storage), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
+    storage, local = tmp_path / "storage", tmp_path / "models"
+    files, source = LocalFiles(storage), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9", allowed_local_roots=[local])
     imports = ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))])
     datasets = Datasets(database, files, InspectionProcesses(), imports, 10_000)
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
@@ -69,6 +70,6 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     models = ModelService(database, files, engine, source, tuning, RagModels(database, source))
     training = TrainingService(database, feed, datasets, JobControl(database, files))
     versions = Versions(database, files, ArtefactDownloads(ArtefactStore(storage)), engine)
-    yield UseCases(models, training, datasets, versions, storage)
+    yield UseCases(models, training, datasets, versions, storage, local)
     await feed.close()
     await engine.close()

@@ -1,6 +1,7 @@
 """Creating, changing and deleting models: every bad field at once, the same request once only, nothing in use lost."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -8,12 +9,13 @@ from server.domain.documents import NewDocument
 from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound
 from server.domain.jobs import JobState
 from server.domain.models import ModelState
-from server.domain.retrieval import RetrievalOverrides
+from server.domain.retrieval import Rerank, RetrievalOverrides
 from server.domain.specs import FineTuneSpec, IndexSpec, ParametersRequest
 from server.domain.techniques import LoraTechnique
 from server.services.ports import JobFilter, ModelFilter
 from server.services.requests import AddDocuments, CreateRagModel, ListJobs, ListModels, PageRequest, UpdateModel
 from tests.services.conftest import BASE_MODEL, EMBEDDING_MODEL, GOOD_LINE, ORGANIZATION, UseCases, fine_tune
+from tests.tiny_cross_encoders import build_tiny_cross_encoder
 
 INLINE = {"inline_records": [GOOD_LINE.strip()]}
 
@@ -67,6 +69,45 @@ async def test_a_bad_inline_record_is_named_by_its_place(use_cases: UseCases) ->
     with pytest.raises(InvalidInput) as refusal:
         await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(inline_records=[GOOD_LINE, b'{"messages": []}']))
     assert fields_of(refusal.value) == ["inline_records[1]"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (RetrievalOverrides(rerank=Rerank("/nowhere")), "retrieval.rerank.model"),
+        (RetrievalOverrides(rerank=Rerank(EMBEDDING_MODEL)), "retrieval.rerank.model"),
+        (RetrievalOverrides(rerank=Rerank("cross-encoder/ms-marco-MiniLM-L6-v2")), "retrieval.rerank.model"),
+        (RetrievalOverrides(rerank=Rerank("", candidates=1_001)), "retrieval.rerank.candidates"),
+        (RetrievalOverrides(rerank=Rerank("", timeout_seconds=0.0)), "retrieval.rerank.timeout_seconds"),
+        (RetrievalOverrides(rerank=Rerank("", timeout_seconds=math.nan)), "retrieval.rerank.timeout_seconds"),
+    ],
+)
+async def test_a_reranking_that_cannot_be_is_refused_at_creation_and_change(
+    use_cases: UseCases, asked: RetrievalOverrides, field: str
+) -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        await use_cases.models.create_rag_model(ORGANIZATION, rag(retrieval=asked))
+    assert fields_of(refusal.value) == [field]
+    made = await use_cases.models.create_rag_model(ORGANIZATION, rag())
+    with pytest.raises(InvalidInput) as refusal:
+        await use_cases.models.update_model(ORGANIZATION, UpdateModel(made.model.model_id, retrieval=asked))
+    assert fields_of(refusal.value) == [field]
+
+
+async def test_fewer_candidates_than_answers_are_refused_whichever_is_changed(use_cases: UseCases) -> None:
+    model = str(build_tiny_cross_encoder(use_cases.local_models / "ranks"))
+    few = RetrievalOverrides(top_k=20, rerank=Rerank(model, candidates=19))
+    with pytest.raises(InvalidInput, match=r"retrieval\.rerank\.candidates: must be at least top_k, which is 20, not 19"):
+        await use_cases.models.create_rag_model(ORGANIZATION, rag(retrieval=few))
+    made = await use_cases.models.create_rag_model(ORGANIZATION, rag(retrieval=replace(few, top_k=19)))
+    assert made.model.rag is not None
+    assert made.model.rag.retrieval.rerank == Rerank(model, candidates=19)
+    with pytest.raises(InvalidInput, match="must be at least top_k"):
+        await use_cases.models.update_model(ORGANIZATION, UpdateModel(made.model.model_id, retrieval=RetrievalOverrides(top_k=20)))
+    off = UpdateModel(made.model.model_id, retrieval=RetrievalOverrides(top_k=20, rerank=Rerank("")))
+    changed = await use_cases.models.update_model(ORGANIZATION, off)
+    assert changed.rag is not None
+    assert changed.rag.retrieval.rerank is None
 
 
 async def test_the_same_request_again_makes_nothing_new(use_cases: UseCases) -> None:

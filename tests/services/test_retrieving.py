@@ -14,7 +14,7 @@ from server.domain.events import ResultReady
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.jobs import JobState
 from server.domain.models import Model
-from server.domain.retrieval import MetadataCondition, RetrievalOverrides, RetrievalSettings, SearchMode
+from server.domain.retrieval import MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
 from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
 from server.services.requests import Retrieve
@@ -84,8 +84,10 @@ def test_a_request_overrides_what_it_sets() -> None:
     where = (MetadataCondition("lang", equals="en"),)
     settings = RetrievalSettings(5, 0.3, SearchMode.HYBRID, 100, 2.0, 3.0, where)
     assert merge_retrieval(settings, RetrievalOverrides()) == settings
-    changed = RetrievalOverrides(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, (MetadataCondition("year", exists=True),))
-    assert merge_retrieval(settings, changed) == RetrievalSettings(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, changed.filter or ())
+    changed = RetrievalOverrides(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, (MetadataCondition("year", exists=True),), Rerank("m"))
+    assert merge_retrieval(settings, changed) == RetrievalSettings(
+        7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, changed.filter or (), Rerank("m")
+    )
 
 
 @pytest.mark.parametrize(

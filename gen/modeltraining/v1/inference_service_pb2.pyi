@@ -403,6 +403,7 @@ class RagGenerateResponse(_message.Message):
     CITATIONS_FIELD_NUMBER: _builtins.int
     GROUNDED_FIELD_NUMBER: _builtins.int
     DROPPED_CITATION_COUNT_FIELD_NUMBER: _builtins.int
+    RERANK_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -437,6 +438,10 @@ class RagGenerateResponse(_message.Message):
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.Citation]:
         """Passages that the answer rests on, verified."""
 
+    @_builtins.property
+    def rerank(self) -> _retrieval_pb2.RerankOutcome:
+        """What became of the reranking. Unset: none was asked for."""
+
     def __init__(
         self,
         *,
@@ -452,10 +457,11 @@ class RagGenerateResponse(_message.Message):
         citations: _abc.Iterable[_retrieval_pb2.Citation] | None = ...,
         grounded: _builtins.bool = ...,
         dropped_citation_count: _builtins.int = ...,
+        rerank: _retrieval_pb2.RerankOutcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "generator_version", b"generator_version", "retrieval_timings", b"retrieval_timings", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "generator_version", b"generator_version", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "retrieval_timings", b"retrieval_timings", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__generator_version: _TypeAlias = _typing.Literal["generator_version"]  # noqa: Y015
     _WhichOneofArgType__generator_version: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version"]  # noqa: Y015
@@ -522,6 +528,7 @@ class StreamRagGenerateResponse(_message.Message):
         CHUNKS_FIELD_NUMBER: _builtins.int
         GROUNDED_FIELD_NUMBER: _builtins.int
         RETRIEVAL_TIMINGS_FIELD_NUMBER: _builtins.int
+        RERANK_FIELD_NUMBER: _builtins.int
         grounded: _builtins.bool
         """False: nothing passed the threshold; the text will say so."""
         @_builtins.property
@@ -532,16 +539,21 @@ class StreamRagGenerateResponse(_message.Message):
         def retrieval_timings(self) -> _retrieval_pb2.RetrievalTimings:
             """How long the retrieval took."""
 
+        @_builtins.property
+        def rerank(self) -> _retrieval_pb2.RerankOutcome:
+            """What became of the reranking. Unset: none was asked for."""
+
         def __init__(
             self,
             *,
             chunks: _abc.Iterable[_retrieval_pb2.RetrievedChunk] | None = ...,
             grounded: _builtins.bool = ...,
             retrieval_timings: _retrieval_pb2.RetrievalTimings | None = ...,
+            rerank: _retrieval_pb2.RerankOutcome | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval_timings", b"retrieval_timings"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["rerank", b"rerank", "retrieval_timings", b"retrieval_timings"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "grounded", b"grounded", "retrieval_timings", b"retrieval_timings"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "grounded", b"grounded", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -690,6 +702,7 @@ class RetrieveResponse(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     RETRIEVAL_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    RERANK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.RetrievedChunk]:
         """The chunks, best first."""
@@ -702,16 +715,21 @@ class RetrieveResponse(_message.Message):
     def timings(self) -> _retrieval_pb2.RetrievalTimings:
         """How long it took."""
 
+    @_builtins.property
+    def rerank(self) -> _retrieval_pb2.RerankOutcome:
+        """What became of the reranking. Unset: none was asked for."""
+
     def __init__(
         self,
         *,
         chunks: _abc.Iterable[_retrieval_pb2.RetrievedChunk] | None = ...,
         retrieval: _retrieval_pb2.RetrievalConfig | None = ...,
         timings: _retrieval_pb2.RetrievalTimings | None = ...,
+        rerank: _retrieval_pb2.RerankOutcome | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rerank", b"rerank", "retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "rerank", b"rerank", "retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

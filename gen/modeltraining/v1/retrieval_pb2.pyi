@@ -63,11 +63,13 @@ class RetrievalConfig(_message.Message):
         CANDIDATES_FIELD_NUMBER: _builtins.int
         TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
         model: _builtins.str
-        """Cross-encoder by hub name or path. Required."""
+        """Cross-encoder by hub name, alias or path: safetensors with one label. Empty: none, which in a request turns off the model's own."""
         candidates: _builtins.int
-        """How many candidates are scored, `top_k` to 1000. Default four times `top_k`."""
+        """How many candidates are scored, `top_k` to 1000. Default four times `top_k`, at most 1000."""
         timeout_seconds: _builtins.float
-        """Longest time it may take, seconds, above 0, at most 60; after it the earlier order stands. Default 2."""
+        """Longest time it may take, seconds, above 0, at most 60; after it the earlier order stands. The first use of a cross-encoder since the
+        engine's start also loads it within this time. Default 2.
+        """
         def __init__(
             self,
             *,
@@ -450,23 +452,84 @@ class RetrievalTimings(_message.Message):
     EMBED_SECONDS_FIELD_NUMBER: _builtins.int
     SEARCH_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
+    RERANK_SECONDS_FIELD_NUMBER: _builtins.int
     embed_seconds: _builtins.float
     """Embedding the query, seconds."""
     search_seconds: _builtins.float
     """Searching, seconds."""
     total_seconds: _builtins.float
     """All of it, seconds."""
+    rerank_seconds: _builtins.float
+    """Reranking, seconds; 0 where none was asked for."""
     def __init__(
         self,
         *,
         embed_seconds: _builtins.float = ...,
         search_seconds: _builtins.float = ...,
         total_seconds: _builtins.float = ...,
+        rerank_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embed_seconds", b"embed_seconds", "search_seconds", b"search_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embed_seconds", b"embed_seconds", "rerank_seconds", b"rerank_seconds", "search_seconds", b"search_seconds", "total_seconds", b"total_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetrievalTimings: _TypeAlias = RetrievalTimings  # noqa: Y015
+
+@_typing.final
+class RerankOutcome(_message.Message):
+    """What became of the reranking that was asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Reason:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RerankOutcome._Reason.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REASON_UNSPECIFIED: RerankOutcome._Reason.ValueType  # 0
+        """It does not: the cross-encoder's order does."""
+        REASON_TIMEOUT: RerankOutcome._Reason.ValueType  # 1
+        """`timeout_seconds` ran out."""
+        REASON_UNAVAILABLE: RerankOutcome._Reason.ValueType  # 2
+        """The engine is down or has no memory for the cross-encoder."""
+
+    class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
+        """Why the earlier order stands."""
+
+    REASON_UNSPECIFIED: RerankOutcome.Reason.ValueType  # 0
+    """It does not: the cross-encoder's order does."""
+    REASON_TIMEOUT: RerankOutcome.Reason.ValueType  # 1
+    """`timeout_seconds` ran out."""
+    REASON_UNAVAILABLE: RerankOutcome.Reason.ValueType  # 2
+    """The engine is down or has no memory for the cross-encoder."""
+
+    RERANKED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
+    reranked: _builtins.bool
+    """True: the chunks stand in the cross-encoder's order, with its scores. False: in the order of the search, without them."""
+    reason: Global___RerankOutcome.Reason.ValueType
+    """Why not."""
+    message: _builtins.str
+    """Why not, one sentence. Empty: it was done."""
+    candidate_count: _builtins.int
+    """Chunks that the search gave for it, 0 to 1000."""
+    def __init__(
+        self,
+        *,
+        reranked: _builtins.bool = ...,
+        reason: Global___RerankOutcome.Reason.ValueType = ...,
+        message: _builtins.str = ...,
+        candidate_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_count", b"candidate_count", "message", b"message", "reason", b"reason", "reranked", b"reranked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerankOutcome: _TypeAlias = RerankOutcome  # noqa: Y015

@@ -10,7 +10,13 @@ from server.api.mappers.generation import (
     usage_to_proto,
 )
 from server.api.mappers.generation import timings_to_proto as generation_timings_to_proto
-from server.api.mappers.retrieval import chunk_to_proto, citation_to_proto, overrides_from_proto, timings_to_proto
+from server.api.mappers.retrieval import (
+    chunk_to_proto,
+    citation_to_proto,
+    overrides_from_proto,
+    rerank_outcome_to_proto,
+    timings_to_proto,
+)
 from server.api.mappers.values import enum_to_proto
 from server.domain.generation import Delta
 from server.services.rag_answers import RagAnswer, RagEvent, RagFinished, Sources
@@ -48,6 +54,7 @@ def rag_answer_to_proto(answer: RagAnswer) -> inference_service_pb2.RagGenerateR
         citations=[citation_to_proto(citation) for citation in finished.citations],
         grounded=finished.grounded,
         dropped_citation_count=finished.dropped_citation_count,
+        rerank=rerank_outcome_to_proto(answer.sources.rerank),
     )
 
 
@@ -66,6 +73,7 @@ def sources_to_proto(sources: Sources) -> StreamResponse.Sources:
         chunks=[chunk_to_proto(chunk) for chunk in sources.chunks],
         grounded=sources.grounded,
         retrieval_timings=timings_to_proto(sources.timings),
+        rerank=rerank_outcome_to_proto(sources.rerank),
     )
 
 

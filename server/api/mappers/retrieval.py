@@ -5,13 +5,21 @@ from modeltraining.v1 import inference_service_pb2, retrieval_pb2
 from server.api.mappers.documents import metadata_to_proto
 from server.api.mappers.filters import filter_from_proto, filter_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto
-from server.domain.retrieval import Chunking, Citation, RetrievalOverrides, RetrievalSettings, RetrievedChunk, Scores, SearchMode
+from server.domain.retrieval import (
+    MAX_CANDIDATES,
+    Chunking,
+    Citation,
+    Rerank,
+    RerankOutcome,
+    RetrievalOverrides,
+    RetrievalSettings,
+    RetrievedChunk,
+    Scores,
+    SearchMode,
+)
 from server.services.requests import Retrieve
 from server.services.retrieval import RetrievalTimings, Retrieved
 from server.services.validation import Violations
-
-# Promised by the contract, not built yet: refused rather than passed over.
-UNBUILT_FIELDS = frozenset({"rerank"})
 
 
 def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalConfig:
@@ -24,14 +32,20 @@ def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalCon
         lexical_weight=settings.lexical_weight,
         filter=filter_to_proto(settings.filter) if settings.filter else None,
         max_context_tokens=settings.max_context_tokens or None,
+        rerank=_rerank_to_proto(settings),
+    )
+
+
+def _rerank_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalConfig.Rerank | None:
+    if settings.rerank is None:
+        return None
+    return retrieval_pb2.RetrievalConfig.Rerank(
+        model=settings.rerank.model, candidates=settings.candidate_count, timeout_seconds=settings.rerank.timeout_seconds
     )
 
 
 def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violations, field: str = "retrieval") -> RetrievalOverrides:
     """Read the settings that a request sets."""
-    for descriptor, _ in message.ListFields():
-        if descriptor.name in UNBUILT_FIELDS:
-            found.add(f"{field}.{descriptor.name}", "is not available in this version")
     mode = enum_from_proto(
         retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", message.search_mode, SearchMode, found, f"{field}.search_mode"
     )
@@ -43,6 +57,25 @@ def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violatio
         dense_weight=message.dense_weight if message.HasField("dense_weight") else None,
         lexical_weight=message.lexical_weight if message.HasField("lexical_weight") else None,
         filter=filter_from_proto(message.filter, found, f"{field}.filter") if message.HasField("filter") else None,
+        rerank=_rerank_from_proto(message.rerank, found, f"{field}.rerank") if message.HasField("rerank") else None,
+    )
+
+
+def _rerank_from_proto(message: retrieval_pb2.RetrievalConfig.Rerank, found: Violations, field: str) -> Rerank:
+    if message.HasField("candidates") and message.candidates < 1:
+        found.add(f"{field}.candidates", f"must be 1 to {MAX_CANDIDATES:,}, not {message.candidates:,}")
+    timeout_seconds = message.timeout_seconds if message.HasField("timeout_seconds") else Rerank(message.model).timeout_seconds
+    return Rerank(message.model, message.candidates, timeout_seconds)
+
+
+def rerank_outcome_to_proto(outcome: RerankOutcome | None) -> retrieval_pb2.RerankOutcome | None:
+    """Write what became of a reranking; None where none was asked for."""
+    if outcome is None:
+        return None
+    reasons = retrieval_pb2.RerankOutcome.Reason
+    reason = enum_to_proto(reasons, "REASON", outcome.failure) if outcome.failure else reasons.Value("REASON_UNSPECIFIED")
+    return retrieval_pb2.RerankOutcome(
+        reranked=outcome.failure is None, reason=reason, message=outcome.message, candidate_count=outcome.candidate_count
     )
 
 
@@ -89,7 +122,10 @@ def citation_to_proto(citation: Citation) -> retrieval_pb2.Citation:
 def timings_to_proto(timings: RetrievalTimings) -> retrieval_pb2.RetrievalTimings:
     """Write how long a search took."""
     return retrieval_pb2.RetrievalTimings(
-        embed_seconds=timings.embed_seconds, search_seconds=timings.search_seconds, total_seconds=timings.total_seconds
+        embed_seconds=timings.embed_seconds,
+        search_seconds=timings.search_seconds,
+        total_seconds=timings.total_seconds,
+        rerank_seconds=timings.rerank_seconds,
     )
 
 
@@ -104,4 +140,5 @@ def retrieved_to_proto(retrieved: Retrieved) -> inference_service_pb2.RetrieveRe
         chunks=[chunk_to_proto(chunk) for chunk in retrieved.chunks],
         retrieval=settings_to_proto(retrieved.settings),
         timings=timings_to_proto(retrieved.timings),
+        rerank=rerank_outcome_to_proto(retrieved.rerank),
     )
