@@ -3,13 +3,75 @@
 `organization` and the model come first in every key: no key can tell of another's rows.
 """
 
-from sqlalchemy import BigInteger, Boolean, Column, ForeignKeyConstraint, Index, PrimaryKeyConstraint, Table, literal_column
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+    literal_column,
+)
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from server.db.columns import HalfVector, SparseVector, identifier, json, metadata, number, size, string, time
 
 # A partial index's predicate, as a literal: with a bound value a generic plan could not use the index.
 IS_PENDING = literal_column("state = 'PENDING'", Boolean)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexKey:
+    """One index of a model, as the keys of its rows name it."""
+
+    organization: str
+    model_id: str
+    index_number: int
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The values of the key's columns."""
+        return {"organization": self.organization, "model_id": self.model_id, "index_number": self.index_number}
+
+    def rows_of(self, table: Table) -> tuple[ColumnElement[bool], ...]:
+        """The conditions that choose this index's rows of a table."""
+        return tuple(table.c[name] == value for name, value in self.columns.items())
+
+
+# How many chunks an index has: term_counts, of the term that stands in every chunk.
+rag_indexes = Table(
+    "rag_indexes",
+    metadata,
+    identifier("organization"),
+    identifier("model_id"),
+    number("index_number"),
+    string("state"),
+    string("embedding_model"),
+    json("chunking"),
+    # The first commit fixes these; empty and NULL before.
+    string("revision"),
+    json("space", nullable=True),
+    string("fingerprint"),
+    number("dimension", nullable=True),
+    json("calibration", nullable=True),
+    # Names the table of its own that its vectors may have; NULL: they lie in chunk_vectors.
+    Column("index_key", BigInteger, Identity(always=True), nullable=False),
+    Column("vector_table", Text),
+    time("create_time"),
+    PrimaryKeyConstraint("organization", "model_id", "index_number"),
+    UniqueConstraint("organization", "index_key", name="rag_indexes_by_key"),
+    ForeignKeyConstraint(
+        ["organization", "model_id"], ["models.organization", "models.model_id"], name="rag_indexes_of_model", ondelete="CASCADE"
+    ),
+)
 
 documents = Table(
     "documents",
@@ -45,6 +107,7 @@ def _of_document(name: str) -> ForeignKeyConstraint:
     )
 
 
+# Chunks are keyed by document first: a document goes with its chunks in every index, found by the beginning of the key.
 chunks = Table(
     "chunks",
     metadata,
@@ -58,7 +121,8 @@ chunks = Table(
     number("char_end"),
     number("token_count"),
     number("page", nullable=True),
-    PrimaryKeyConstraint("organization", "model_id", "document_id", "position"),
+    number("index_number"),
+    PrimaryKeyConstraint("organization", "model_id", "document_id", "index_number", "position"),
     _of_document("chunks_of_document"),
 )
 
@@ -71,7 +135,8 @@ chunk_vectors = Table(
     identifier("document_id"),
     number("position"),
     Column("embedding", HalfVector, nullable=False),
-    PrimaryKeyConstraint("organization", "model_id", "document_id", "position"),
+    number("index_number"),
+    PrimaryKeyConstraint("organization", "model_id", "document_id", "index_number", "position"),
     _of_document("chunk_vectors_of_document"),
 )
 
@@ -85,12 +150,13 @@ chunk_terms = Table(
     number("position"),
     Column("words", ARRAY(BigInteger), nullable=False),
     Column("weights", SparseVector, nullable=False),
-    PrimaryKeyConstraint("organization", "model_id", "document_id", "position"),
+    number("index_number"),
+    PrimaryKeyConstraint("organization", "model_id", "document_id", "index_number", "position"),
     _of_document("chunk_terms_of_document"),
     Index("chunk_terms_by_word", "words", postgresql_using="gin"),
 )
 
-# In how many of a model's chunks a term stands; term 0 stands in all of them.
+# In how many of an index's chunks a term stands; term 0 stands in all of them.
 term_counts = Table(
     "term_counts",
     metadata,
@@ -98,8 +164,12 @@ term_counts = Table(
     identifier("model_id"),
     number("term"),
     number("chunk_count"),
-    PrimaryKeyConstraint("organization", "model_id", "term"),
+    number("index_number"),
+    PrimaryKeyConstraint("organization", "model_id", "index_number", "term"),
     ForeignKeyConstraint(
-        ["organization", "model_id"], ["models.organization", "models.model_id"], name="term_counts_of_model", ondelete="CASCADE"
+        ["organization", "model_id", "index_number"],
+        ["rag_indexes.organization", "rag_indexes.model_id", "rag_indexes.index_number"],
+        name="term_counts_of_index",
+        ondelete="CASCADE",
     ),
 )

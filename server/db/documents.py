@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.document_tables import chunk_vectors, chunks, documents
+from server.db.document_tables import IndexKey, chunk_vectors, chunks, documents, rag_indexes
 from server.db.search import build_search
 from server.db.terms import delete_terms, insert_terms
 from server.domain.documents import Document, DocumentState, NewDocument
@@ -69,7 +69,11 @@ class PostgresDocuments:
         # Locked first: a job that writes its chunks meanwhile would leave their terms counted.
         if await self._connection.scalar(select(documents.c.document_id).where(*mine).with_for_update()) is None:
             raise NotFound.of("document", document_id)
-        await delete_terms(self._connection, self._organization, model_id, document_id)
+        numbers = select(rag_indexes.c.index_number).where(
+            rag_indexes.c.organization == self._organization, rag_indexes.c.model_id == model_id
+        )
+        for number in (await self._connection.scalars(numbers.order_by(rag_indexes.c.index_number))).all():
+            await delete_terms(self._connection, IndexKey(self._organization, model_id, number), document_id)
         await self._connection.execute(delete(documents).where(*mine))
 
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
@@ -110,28 +114,27 @@ class PostgresDocuments:
 
 
 async def replace_chunks(
-    connection: AsyncConnection, organization: str, model_id: str, document_id: str, new: Sequence[Chunk], vectors: bytes, dimension: int
+    connection: AsyncConnection, index: IndexKey, document_id: str, new: Sequence[Chunk], vectors: bytes, dimension: int
 ) -> None:
-    """Write a document's chunks, their terms and vectors (little-endian float16, [chunks, dimension]) in place of those it had.
+    """Write a document's chunks in an index, their terms and vectors (little-endian float16, [chunks, dimension]) in place of those it had.
 
     Raises InvalidInput.
     """
     if len(vectors) != len(new) * dimension * FLOAT16_BYTES or (new and dimension < 1):
         raise InvalidInput(f"{len(vectors)} bytes are not {len(new)} vectors of {dimension} float16 numbers.")
-    await delete_terms(connection, organization, model_id, document_id)
+    await delete_terms(connection, index, document_id)
     for table in (chunk_vectors, chunks):
-        of_document = (table.c.organization == organization, table.c.model_id == model_id, table.c.document_id == document_id)
-        await connection.execute(delete(table).where(*of_document))
+        await connection.execute(delete(table).where(*index.rows_of(table), table.c.document_id == document_id))
     if not new:
         return
-    key = {"organization": organization, "model_id": model_id, "document_id": document_id}
+    key = index.columns | {"document_id": document_id}
     await connection.execute(insert(chunks), [key | _describe_chunk(chunk) for chunk in new])
     rows = struct.iter_unpack(f"<{dimension}e", vectors)
     embedded = [
         key | {"position": chunk.position, "embedding": f"[{','.join(map(repr, row))}]"} for chunk, row in zip(new, rows, strict=True)
     ]
     await connection.execute(insert(chunk_vectors), embedded)
-    await insert_terms(connection, organization, model_id, document_id, new)
+    await insert_terms(connection, index, document_id, new)
 
 
 def document_from_row(row: Row[Any]) -> Document:

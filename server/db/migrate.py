@@ -20,15 +20,15 @@ class DatabaseUnsuitable(Exception):
     """This database cannot be used; the message says why and what to do."""
 
 
-def migrate(database_url: str) -> None:
-    """Make or update all tables, in one transaction. Raises DatabaseUnsuitable, ValueError for a URL that is none."""
+def migrate(database_url: str, revision: str = "head") -> None:
+    """Make or update all tables, in one transaction, up to a revision. Raises DatabaseUnsuitable, ValueError for a URL that is none."""
     engine = create_engine(parse_database_url(database_url), poolclass=NullPool, connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS})
     try:
         with engine.begin() as connection:
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
             _check_server(connection)
             _provide_pgvector(connection)
-            command.upgrade(_configure(connection), "head")
+            command.upgrade(_configure(connection), revision)
     except OperationalError as error:
         raise DatabaseUnsuitable(f"PostgreSQL cannot be reached or stopped answering: {_first_line(error)}") from error
     finally:

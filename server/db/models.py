@@ -9,13 +9,15 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.document_tables import documents
+from server.db.document_tables import IndexKey, documents, rag_indexes
 from server.db.failures import violated_constraint
+from server.db.rag_indexes import INDEX_COLUMNS, index_from_row, insert_index
 from server.db.tables import IS_ACTIVE, jobs, model_exports, model_versions, models
 from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
 from server.domain.jobs import JobKind
 from server.domain.models import Model, ModelExport, ModelState, ModelType, ModelVersion, RagConfiguration
+from server.domain.retrieval import FIRST_INDEX
 from server.domain.specs import ExportFormat, FineTuneSpec
 from server.services.codec import Codec
 from server.services.ports import ModelFilter, Page
@@ -44,9 +46,13 @@ class PostgresModels:
             create_time=model.create_time,
             update_time=model.update_time,
             last_version=0,
+            serving_index=FIRST_INDEX if model.rag else None,
             **_changeable(model),
         )
         await self._write(row, model)
+        if model.rag:
+            index = IndexKey(self._organization, model.model_id, FIRST_INDEX)
+            await insert_index(self._connection, index, model.rag.embedding_model, model.rag.chunking)
 
     async def get(self, model_id: str, *, lock: bool = False) -> Model:
         """Read a model with its counts; `lock` holds the row until the transaction ends. Raises NotFound."""
@@ -183,7 +189,7 @@ def model_from_row(row: Row[Any]) -> Model:
         technique=row.technique,
         serving_version=row.serving_version,
         version_count=row.version_count,
-        rag=replace(rag, embedding_dimension=row.embedding_dimension) if rag else None,
+        rag=replace(rag, index=index_from_row(row)) if rag else None,
         document_count=row.document_count,
         chunk_count=row.chunk_count,
         error=ERROR.from_json(row.error),
@@ -233,7 +239,7 @@ def _changeable(model: Model) -> dict[str, Any]:
         "state": model.state,
         "technique": model.technique,
         "serving_version": model.serving_version,
-        "rag": _RAG.to_json(model.rag),
+        "rag": _RAG.to_json(replace(model.rag, index=None) if model.rag else None),
         "generator_model_id": generator if is_id(generator, MODEL) else None,
         "error": ERROR.to_json(model.error),
     }
@@ -248,5 +254,9 @@ def _with_counts(chosen: Select[Any]) -> Select[Any]:
     versions = select(func.count().label("version_count")).select_from(model_versions)
     versions = versions.where(model_versions.c.organization == rows.c.organization, model_versions.c.model_id == rows.c.model_id)
     version_counts = versions.lateral("version_counts")
-    joined = rows.join(document_counts, true()).join(version_counts, true())
-    return select(rows, document_counts, version_counts).select_from(joined).order_by(rows.c.model_id.desc())
+    of_model = (rag_indexes.c.organization == rows.c.organization, rag_indexes.c.model_id == rows.c.model_id)
+    serving = select(*INDEX_COLUMNS).where(*of_model, rag_indexes.c.index_number == rows.c.serving_index)
+    # The limit keeps the planner from joining all indexes of all models.
+    index = serving.limit(1).lateral("serving")
+    joined = rows.join(document_counts, true()).join(version_counts, true()).outerjoin(index, true())
+    return select(rows, document_counts, version_counts, index).select_from(joined).order_by(rows.c.model_id.desc())

@@ -10,26 +10,29 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.db import settlement
 from server.db.database import PostgresDatabase
 from server.db.datasets import dataset_file_from_row
-from server.db.document_tables import IS_PENDING, documents
+from server.db.document_tables import IS_PENDING, IndexKey, documents
 from server.db.documents import replace_chunks
 from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
 from server.db.models import version_from_row
 from server.db.progress import record_payloads
-from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, model_exports, model_versions, models
+from server.db.rag_indexes import fix_dimension
+from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, model_exports, model_versions
 from server.domain.documents import DocumentState
-from server.domain.errors import ErrorData, FailedPrecondition
+from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState, may_follow
 from server.domain.models import ModelVersion
 from server.domain.orders import DocumentText
 from server.domain.retrieval import Chunk
-from server.domain.specs import ExportSpec, FineTuneSpec, VersionReference
+from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
+from server.services.codec import Codec
 from server.services.job_queue import Claim, ClaimLimits, Lease
 
 CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that each counts what the others hold
 MAX_REAPED = 100  # jobs in one transaction
 DOCUMENTS_PER_READ = 16
+_INDEX = Codec[IndexSpec](IndexSpec)
 _INDEX_KINDS = frozenset({JobKind.RAG_INDEX})
 _TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS
 
@@ -146,14 +149,13 @@ class PostgresJobQueue:
         """
         async with self._database.begin() as connection:
             job = await _lock(connection, lease)
-            model_id = job.row.model_id
+            index = IndexKey(lease.organization, job.row.model_id, _INDEX.from_json(job.row.spec).index_number)
             stored = () if error else chunks
             if stored:
-                await _fix_dimension(connection, lease.organization, model_id, dimension)
-            state = await _settle_document(connection, lease.organization, model_id, document_id, len(stored), error)
+                await fix_dimension(connection, index, dimension)
+            state = await _settle_document(connection, index, document_id, len(stored), error)
             if state is not None:
-                data = vectors if stored else b""
-                await replace_chunks(connection, lease.organization, model_id, document_id, stored, data, dimension)
+                await replace_chunks(connection, index, document_id, stored, vectors if stored else b"", dimension)
             if state in (None, DocumentState.PENDING):
                 done = job.row.progress["step"] + 1
                 said = error if state else "The document was deleted while it was being indexed."
@@ -287,24 +289,12 @@ async def _drop_checkpoints(connection: AsyncConnection, lease: Lease, keep: int
     return [checkpoint_from_row(row) for row in gone]
 
 
-async def _fix_dimension(connection: AsyncConnection, organization: str, model_id: str, dimension: int) -> None:
-    """Let the first document decide the dimension of all of a model's vectors."""
-    own = (models.c.organization == organization, models.c.model_id == model_id)
-    known = await connection.scalar(select(models.c.embedding_dimension).where(*own))
-    if known is None:
-        first = update(models).where(*own).values(embedding_dimension=func.coalesce(models.c.embedding_dimension, dimension))
-        known = await connection.scalar(first.returning(models.c.embedding_dimension))
-    if known != dimension:
-        raise FailedPrecondition(
-            f"The model's vectors have {known} numbers each, the new ones {dimension}.", reason="EMBEDDING_DIMENSION_MISMATCH"
-        )
-
-
 async def _settle_document(
-    connection: AsyncConnection, organization: str, model_id: str, document_id: str, chunk_count: int, error: str
+    connection: AsyncConnection, index: IndexKey, document_id: str, chunk_count: int, error: str
 ) -> DocumentState | None:
     """Mark a document INDEXED or FAILED. Give the state that it had, None where it is gone."""
-    own = (documents.c.organization == organization, documents.c.model_id == model_id, documents.c.document_id == document_id)
+    of_model = (documents.c.organization == index.organization, documents.c.model_id == index.model_id)
+    own = (*of_model, documents.c.document_id == document_id)
     state = await connection.scalar(select(documents.c.state).where(*own).with_for_update())
     if state is None:
         return None

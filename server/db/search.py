@@ -32,14 +32,16 @@ _DENSE = """
 dense AS (
     SELECT document_id, position, 1 - (embedding <=> CAST(:vector AS halfvec)) AS score
     FROM chunk_vectors
-    WHERE organization = :organization AND model_id = :model_id AND document_id IN (SELECT document_id FROM searched)
+    WHERE organization = :organization AND model_id = :model_id AND index_number = :index_number
+        AND document_id IN (SELECT document_id FROM searched)
     ORDER BY embedding <=> CAST(:vector AS halfvec), document_id, position LIMIT :depth
 )"""
 
 # BM25: the chunk's part of each weight is stored, rarity and boost are the query's. `weighted` has only terms that the collection has.
 _QUERY_TERMS = """
 collection AS (
-    SELECT chunk_count AS size FROM term_counts WHERE organization = :organization AND model_id = :model_id AND term = :every_chunk
+    SELECT chunk_count AS size FROM term_counts
+    WHERE organization = :organization AND model_id = :model_id AND index_number = :index_number AND term = :every_chunk
 ),
 weighted AS (
     SELECT asked.number, asked.is_word, counted.chunk_count,
@@ -47,7 +49,8 @@ weighted AS (
     FROM unnest(CAST(:numbers AS integer[]), CAST(:boosts AS double precision[]), CAST(:are_words AS boolean[]))
         AS asked (number, boost, is_word)
     JOIN term_counts AS counted
-        ON counted.organization = :organization AND counted.model_id = :model_id AND counted.term = asked.number AND counted.chunk_count > 0
+        ON counted.organization = :organization AND counted.model_id = :model_id AND counted.index_number = :index_number
+            AND counted.term = asked.number AND counted.chunk_count > 0
     CROSS JOIN collection
 ),
 query AS (
@@ -64,12 +67,13 @@ candidates AS (
 lexical AS (
     SELECT document_id, position, score FROM (
         SELECT document_id, position, -(weights <#> (SELECT terms FROM query)) AS score FROM chunk_terms
-        WHERE organization = :organization AND model_id = :model_id AND (SELECT size FROM collection) <= :compared_chunks
-            AND document_id IN (SELECT document_id FROM searched)
+        WHERE organization = :organization AND model_id = :model_id AND index_number = :index_number
+            AND (SELECT size FROM collection) <= :compared_chunks AND document_id IN (SELECT document_id FROM searched)
         UNION ALL
         SELECT document_id, position, -(weights <#> (SELECT terms FROM query)) AS score FROM chunk_terms
         WHERE words && (SELECT words FROM candidates) AND (SELECT size FROM collection) > :compared_chunks
-            AND organization = :organization AND model_id = :model_id AND document_id IN (SELECT document_id FROM searched)
+            AND organization = :organization AND model_id = :model_id AND index_number = :index_number
+            AND document_id IN (SELECT document_id FROM searched)
     ) AS compared
     WHERE score > 0 ORDER BY score DESC, document_id, position LIMIT :depth
 )"""
@@ -89,8 +93,8 @@ found AS (
         coalesce(-(weights <#> (SELECT terms FROM query)), 0) AS lexical, fused
     FROM fused
     JOIN chunk_vectors USING (document_id, position)
-    JOIN chunk_terms USING (organization, model_id, document_id, position)
-    WHERE organization = :organization AND model_id = :model_id AND fused > 0
+    JOIN chunk_terms USING (organization, model_id, index_number, document_id, position)
+    WHERE organization = :organization AND model_id = :model_id AND index_number = :index_number AND fused > 0
 )"""
 
 _FOUND_DENSE = """
@@ -103,7 +107,7 @@ SELECT chunks.*, documents.title, documents.metadata, found.similarity, found.le
 FROM (SELECT * FROM found WHERE {threshold} ORDER BY {score} DESC, document_id, position LIMIT :top_k) AS found
 JOIN chunks USING (document_id, position)
 JOIN documents USING (organization, model_id, document_id)
-WHERE organization = :organization AND model_id = :model_id
+WHERE organization = :organization AND model_id = :model_id AND index_number = :index_number
 ORDER BY found.{score} DESC, document_id, position"""
 # After the limit of the dense leg: below it lie the last ones only, and each distance is computed once.
 _THRESHOLD = "similarity BETWEEN :similarity_threshold AND :max_similarity"
@@ -138,6 +142,7 @@ def build_search(
     parameters = values | {
         "organization": organization,
         "model_id": model_id,
+        "index_number": search.index_number,
         "top_k": settings.top_k,
         "depth": max(settings.top_k, FUSED_PER_LEG) if is_fused else settings.top_k,
         "similarity_threshold": settings.similarity_threshold,
@@ -147,7 +152,7 @@ def build_search(
         "boosts": [term.boost for term in search.terms],
         "are_words": [term.is_word for term in search.terms],
         "every_chunk": EVERY_CHUNK,
-        "scope": scope_words(organization, model_id),
+        "scope": scope_words(organization, model_id, search.index_number),
         "compared_chunks": compared_chunks,
         "rank_offset": RANK_OFFSET,
         "dense_weight": float(settings.dense_weight),

@@ -6,16 +6,19 @@ from sqlalchemy import func, insert, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from server.db.document_tables import IndexKey
 from server.db.locked_job import LockedJob
+from server.db.rag_indexes import mark_ready
 from server.db.tables import model_exports, model_versions, models
 from server.domain.errors import ErrorData
 from server.domain.events import ResultReady
 from server.domain.jobs import OUT_OF_MEMORY_SUGGESTION, FailureReason, JobKind, JobState
 from server.domain.models import JOB_CANCELLED, ModelState
-from server.domain.specs import FineTuneSpec
+from server.domain.specs import FineTuneSpec, IndexSpec
 from server.services.codec import Codec
 
 _ERROR = Codec[ErrorData](ErrorData)
+_INDEX = Codec[IndexSpec](IndexSpec)
 _FINE_TUNE = Codec[FineTuneSpec](FineTuneSpec)
 
 
@@ -37,6 +40,8 @@ async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultRea
     if row.kind == JobKind.FINE_TUNE:
         ready["serving_version"] = await _insert_version(connection, row, result)
         ready["technique"] = _FINE_TUNE.from_json(row.spec).technique.family
+    elif row.kind == JobKind.RAG_INDEX:
+        await mark_ready(connection, IndexKey(row.organization, row.model_id, _INDEX.from_json(row.spec).index_number))
     await connection.execute(update(models).where(*own, models.c.state != ModelState.DELETING).values(ready))
 
 

@@ -43,13 +43,13 @@ models = Table(
     json("rag", nullable=True),
     # Of `rag`, where the generator is a model of ours: the foreign key keeps it from being deleted in the meantime.
     identifier("generator_model_id", nullable=True),
-    # The first indexed document fixes it, while others may be saving `rag`: a column of its own.
-    number("embedding_dimension", nullable=True),
     json("error", nullable=True),
     time("create_time"),
     time("update_time"),
     # The number of the latest version that was ever made.
     number("last_version"),
+    # Of a RAG model: the number of the index that answers.
+    number("serving_index", nullable=True),
     PrimaryKeyConstraint("organization", "model_id"),
     ForeignKeyConstraint(["organization", "generator_model_id"], ["models.organization", "models.model_id"], name="models_generator"),
     Index("models_by_type", "organization", "type", "model_id"),

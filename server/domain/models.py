@@ -6,7 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 
 from server.domain.errors import ErrorData
-from server.domain.retrieval import Chunking, RetrievalSettings
+from server.domain.rag_indexes import RagIndex
+from server.domain.retrieval import FIRST_INDEX, Chunking, RetrievalSettings
 from server.domain.specs import ExportFormat, FineTuneSpec
 
 
@@ -33,14 +34,22 @@ JOB_CANCELLED = ErrorData("CANCELLED", "JOB_CANCELLED", "The job that was to mak
 
 @dataclass(frozen=True, slots=True)
 class RagConfiguration:
-    """What a RAG model answers with. `generator_model_id` is a base model or a fine-tuned one."""
+    """What a RAG model answers with. `generator_model_id` is a base model or a fine-tuned one; `index` is the one that answers.
+
+    `index` None: the model is not stored yet.
+    """
 
     generator_model_id: str
     embedding_model: str
     retrieval: RetrievalSettings
     chunking: Chunking
     prompt_template: str
-    embedding_dimension: int | None = None
+    index: RagIndex | None = None
+
+    @property
+    def index_number(self) -> int:
+        """The number of the index that answers."""
+        return self.index.index_number if self.index else FIRST_INDEX
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 MetadataValue = str | int | float | bool
+# A model's indexes are numbered from here on; the next one is built beside the one that answers.
+FIRST_INDEX = 1
 
 
 class SearchMode(StrEnum):
@@ -96,11 +98,15 @@ class QueryTerm:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """A search as the database runs it: the settings, and the query as a unit vector (not for LEXICAL) and as terms (not for DENSE)."""
+    """A search as the database runs it: the settings, and the query as a unit vector (not for LEXICAL) and as terms (not for DENSE).
+
+    `index_number` is the model's index that is searched.
+    """
 
     settings: RetrievalSettings
     vector: Sequence[float] = ()
     terms: Sequence[QueryTerm] = ()
+    index_number: int = FIRST_INDEX
 
 
 @dataclass(frozen=True, slots=True)

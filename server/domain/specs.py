@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from server.domain.retrieval import Chunking
+from server.domain.retrieval import FIRST_INDEX, Chunking
 from server.domain.techniques import Technique
 
 
@@ -149,10 +149,11 @@ class FineTuneSpec:
 
 @dataclass(frozen=True, slots=True)
 class IndexSpec:
-    """A RAG_INDEX job, whole: embeds every PENDING document of the model."""
+    """A RAG_INDEX job, whole: embeds every PENDING document of the model into its index of this number."""
 
     embedding_model: str
     chunking: Chunking = field(default_factory=Chunking)
+    index_number: int = FIRST_INDEX
     kind: Literal["rag_index"] = "rag_index"
 
 

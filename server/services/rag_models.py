@@ -203,7 +203,7 @@ def _new_job(model: Model) -> Job:
         kind=JobKind.RAG_INDEX,
         model_id=model.model_id,
         state=JobState.QUEUED,
-        spec=IndexSpec(model.rag.embedding_model, model.rag.chunking),
+        spec=IndexSpec(model.rag.embedding_model, model.rag.chunking, model.rag.index_number),
         create_time=now,
         update_time=now,
     )

@@ -77,6 +77,7 @@ class Retrieval:
             replace(settings, top_k=settings.candidate_count),
             vector,
             analyse_query(query) if settings.search_mode is not SearchMode.DENSE else (),
+            rag.index_number,
         )
         async with self._database.transaction(organization) as transaction:
             chunks = await transaction.documents.search(model_id, search)

@@ -7,6 +7,7 @@ from server.domain.errors import ErrorData
 from server.domain.generation import FinishReason, ModelReference, Timings, TokenUsage
 from server.domain.jobs import Best, Job, JobKind, JobState, Progress, Usage
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
+from server.domain.rag_indexes import IndexState, RagIndex
 from server.domain.retrieval import Chunk, Chunking, Citation, RetrievalSettings, RetrievedChunk, Scores
 from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
@@ -61,6 +62,7 @@ MODEL = Model(
     version_count=1,
 )
 
+INDEX_OF_MODEL = RagIndex(1, "org/embedding", Chunking(64, 8), IndexState.READY, TIME, 7, 384)
 RAG_MODEL = Model(
     model_id="mdl_2",
     type=ModelType.RAG,
@@ -69,7 +71,7 @@ RAG_MODEL = Model(
     base_model="org/base",
     create_time=TIME,
     update_time=TIME,
-    rag=RagConfiguration("org/base", "org/embedding", RetrievalSettings(), Chunking(64, 8), "", 384),
+    rag=RagConfiguration("org/base", "org/embedding", RetrievalSettings(), Chunking(64, 8), "", INDEX_OF_MODEL),
     document_count=3,
     chunk_count=12,
     error=ErrorData("INTERNAL", "INTERNAL", "It failed."),

@@ -156,7 +156,8 @@ async def test_vectors_of_another_dimension_are_refused(database: PostgresDataba
         await _search(database, model, make_vectors(1, 4)[0], 5, 0.0)
     stored = await read_model(database, model.model_id)
     assert stored.rag is not None
-    assert stored.rag.embedding_dimension == 8
+    assert stored.rag.index is not None
+    assert stored.rag.index.dimension == 8
 
 
 async def test_bytes_that_are_not_the_vectors_are_refused(database: PostgresDatabase, queue: PostgresJobQueue) -> None:

@@ -12,6 +12,7 @@ from server.domain.errors import ErrorData, FailedPrecondition, FieldViolation, 
 from server.domain.ids import MODEL, new_id
 from server.domain.jobs import JobState
 from server.domain.models import ModelState, ModelType
+from server.domain.rag_indexes import IndexState
 from server.services.ports import ModelFilter, Page
 from tests.db.samples import (
     BASE_MODEL,
@@ -34,7 +35,19 @@ ERROR = ErrorData("ABORTED", "X", "why", {"step": "3"}, [FieldViolation("a", "b"
 async def test_a_model_comes_back_as_it_was_stored(database: PostgresDatabase) -> None:
     for model in (make_model(), replace(make_rag_model(), description="سطر", error=ERROR)):
         await add_model(database, model)
-        assert await read_model(database, model.model_id) == model
+        stored = await read_model(database, model.model_id)
+        assert replace(stored, rag=stored.rag and replace(stored.rag, index=None)) == model
+
+
+async def test_a_rag_model_begins_with_its_first_index(database: PostgresDatabase) -> None:
+    model = await add_model(database, make_rag_model())
+    stored = await read_model(database, model.model_id)
+    assert model.rag is not None
+    assert stored.rag is not None
+    index = stored.rag.index
+    assert index is not None
+    assert (index.index_number, index.state, index.dimension) == (1, IndexState.BUILDING, None)
+    assert (index.embedding_model, index.chunking) == (model.rag.embedding_model, model.rag.chunking)
 
 
 async def test_saving_writes_what_may_change_and_nothing_else(database: PostgresDatabase) -> None:

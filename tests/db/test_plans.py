@@ -32,7 +32,7 @@ LEASE = Lease(ORGANIZATION, JOB_ID, 1)
 ROWS = """
 INSERT INTO models SELECT 'org' || o, 'mdl_' || lpad(n::text, 24, '0'), CASE n % 10 WHEN 0 THEN 'RAG' ELSE 'FINE_TUNED' END, 'm', '',
     '{{}}', CASE n % 10 WHEN 0 THEN 'FAILED' ELSE 'READY' END, 'base' || n % 50, 'LORA', 1, NULL,
-    CASE WHEN n % 10 = 0 THEN 'mdl_' || lpad('77', 24, '0') END, NULL, NULL, now(), now()
+    CASE WHEN n % 10 = 0 THEN 'mdl_' || lpad('77', 24, '0') END, NULL, now(), now()
     FROM generate_series(1, 20) o, generate_series(1, 100) n;
 INSERT INTO datasets SELECT 'org' || o, 'ds_' || lpad(n::text, 24, '0'), 'd', 'JSONL', 'CHAT', 1, 0, 1, 'x', 'p', '[]', now()
     FROM generate_series(1, 20) o, generate_series(1, 100) n;
@@ -56,10 +56,12 @@ INSERT INTO model_exports SELECT organization, model_id, 1, f, 'job_x', '', '', 
     FROM models, unnest(array['ADAPTER', 'MERGED']) f;
 INSERT INTO documents SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), 'doc_' || lpad(d::text, 24, '0'), 't', '', 'text', '{{}}',
     CASE WHEN d > 90 THEN 'PENDING' ELSE 'INDEXED' END, 4, 4, 'x', 1, '', now() FROM generate_series(1, 100) n, generate_series(1, 100) d;
-INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL FROM documents WHERE state = 'INDEXED';
-INSERT INTO chunk_vectors SELECT organization, model_id, document_id, position, '[1,0,0]' FROM chunks;
-INSERT INTO chunk_terms SELECT organization, model_id, document_id, position, '{{1}}', '{{1:1}}/1000000000' FROM chunks;
-INSERT INTO term_counts SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), term, 90
+INSERT INTO rag_indexes (organization, model_id, index_number, state, embedding_model, chunking, revision, fingerprint, create_time)
+    SELECT organization, model_id, 1, 'READY', 'e', '{{}}', '', '', now() FROM models;
+INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL, 1 FROM documents WHERE state = 'INDEXED';
+INSERT INTO chunk_vectors SELECT organization, model_id, document_id, position, '[1,0,0]', 1 FROM chunks;
+INSERT INTO chunk_terms SELECT organization, model_id, document_id, position, '{{1}}', '{{1:1}}/1000000000', 1 FROM chunks;
+INSERT INTO term_counts SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), term, 90, 1
     FROM generate_series(1, 100) n, generate_series(0, 100) term;
 INSERT INTO requests SELECT 'org' || o, 'Create', 'r' || n, 'x', '{{}}', now() FROM generate_series(1, 20) o, generate_series(1, 200) n;
 """

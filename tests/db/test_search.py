@@ -13,12 +13,14 @@ from psycopg.rows import TupleRow
 
 from server.db import search as db_search
 from server.db.database import PostgresDatabase
-from server.db.migrate import migrate
+from server.db.document_tables import IndexKey
+from server.db.documents import replace_chunks
 from server.db.queue import PostgresJobQueue
+from server.db.rag_indexes import insert_index
 from server.domain.documents import NewDocument
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.models import Model
-from server.domain.retrieval import MetadataCondition, RetrievalSettings, RetrievedChunk, Search, SearchMode
+from server.domain.retrieval import Chunking, MetadataCondition, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.lexical.analysis import analyse_passage, analyse_query
 from tests.db.samples import ORGANIZATION, add_model, make_chunks, make_rag_model, make_vectors, start_job
 
@@ -236,6 +238,28 @@ async def test_keys_that_no_document_has_are_told(database: PostgresDatabase, co
         assert await transaction.documents.list_unknown_keys(empty.model_id, ["lang"]) == []
 
 
+async def test_only_the_asked_index_is_searched(
+    database: PostgresDatabase, collection: Collection, sql: psycopg.Connection[TupleRow]
+) -> None:
+    model_id = collection.model.model_id
+    async with database.begin() as connection:
+        second = IndexKey(ORGANIZATION, model_id, 2)
+        await insert_index(connection, second, "other", Chunking())
+        await replace_chunks(
+            connection, second, collection.documents[4], make_chunks(["A lantern, shorter."]), VECTORS[:1].tobytes(), DIMENSION
+        )
+    for settings in (DENSE, LEXICAL, HYBRID):
+        search = Search(settings, [float(number) for number in VECTORS[0]], analyse_query("lantern lighthouse"))
+        async with database.transaction(ORGANIZATION) as transaction:
+            first = await transaction.documents.search(model_id, search)
+            found = await transaction.documents.search(model_id, replace(search, index_number=2))
+        assert "A lantern, shorter." not in [hit.chunk.text for hit in first]
+        assert [hit.chunk.text for hit in found] == ["A lantern, shorter."]
+    async with database.transaction(ORGANIZATION) as transaction:
+        await transaction.documents.delete(model_id, collection.documents[4])
+    assert _read_counts(sql) == _count([text for place, text in enumerate(PASSAGES) if place != 4])
+
+
 def _read_counts(sql: psycopg.Connection[TupleRow]) -> dict[int, int]:
     return dict(sql.execute("SELECT term, chunk_count FROM term_counts WHERE chunk_count <> 0").fetchall())
 
@@ -262,20 +286,3 @@ async def test_terms_are_counted_as_documents_come_change_and_go(
         for document_id in collection.documents[3:]:
             await transaction.documents.delete(model_id, document_id)
     assert _read_counts(sql) == {}
-
-
-async def test_the_migration_analyses_the_chunks_that_are_there(
-    database: PostgresDatabase, database_url: str, collection: Collection, sql: psycopg.Connection[TupleRow]
-) -> None:
-    def read() -> tuple[list[TupleRow], dict[int, int]]:
-        rows = sql.execute(
-            "SELECT organization, model_id, document_id, position, words, weights::text FROM chunk_terms ORDER BY document_id"
-        )
-        return rows.fetchall(), _read_counts(sql)
-
-    before = read()
-    sql.execute("DROP TABLE chunk_terms, term_counts")
-    sql.execute("UPDATE alembic_version SET version_num = '0002'")
-    migrate(database_url)
-    assert read() == before
-    assert collection.places(await find(database, collection.model, "lighthouse", LEXICAL)) == [4]

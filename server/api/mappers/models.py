@@ -43,7 +43,7 @@ def rag_to_proto(rag: RagConfiguration, document_count: int, chunk_count: int) -
     return model_pb2.Model.Rag(
         generator_model_id=rag.generator_model_id,
         embedding_model=rag.embedding_model,
-        embedding_dimension=rag.embedding_dimension,
+        embedding_dimension=rag.index.dimension if rag.index else None,
         retrieval=settings_to_proto(rag.retrieval),
         chunking=chunking_to_proto(rag.chunking),
         prompt_template=rag.prompt_template,
