@@ -97,6 +97,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.rag_models import RagModels
     from server.services.references import References
     from server.services.retrieval import Retrieval
+    from server.services.retrieval_evaluation import RetrievalEvaluator
     from server.services.training_parameters import FineTuneDefaults
     from server.services.training_service import TrainingService
     from server.services.versions import Versions
@@ -113,11 +114,12 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
     estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
+    retrieval = Retrieval(database, engine)
     references = References(database, base_models)
     services = Services(
         models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
-        inference=InferenceService(engine, references, Retrieval(database, engine)),
+        inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
         versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
         previews=Previews(database, engine, base_models),
     )

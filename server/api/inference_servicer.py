@@ -9,6 +9,7 @@ from modeltraining.v1 import inference_service_pb2 as pb
 from modeltraining.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from server.api.calls import CURRENT_CALL
+from server.api.mappers.evaluation import evaluate_from_proto, evaluation_to_proto
 from server.api.mappers.generation import (
     GenerateMessage,
     delta_to_proto,
@@ -23,6 +24,7 @@ from server.domain.generation import Delta, GenerationFinished
 from server.services.inference_service import InferenceService
 from server.services.rag_answers import RagFinished, Sources
 from server.services.requests import Generate, RagGenerate, Retrieve
+from server.services.retrieval_evaluation import check_candidates
 from server.services.validation import Violations, check_generation, check_messages, check_retrieval
 
 Context = aio.ServicerContext
@@ -82,6 +84,17 @@ class InferenceServicer(InferenceServiceServicer):
         """Search without generating."""
         wanted = _decode_retrieve(request)
         return retrieved_to_proto(await self._service.retrieval.retrieve(self._organization, wanted))
+
+    async def EvaluateRetrieval(
+        self, request: pb.EvaluateRetrievalRequest, context: Context[pb.EvaluateRetrievalRequest, pb.EvaluateRetrievalResponse]
+    ) -> pb.EvaluateRetrievalResponse:
+        """Measure how well a model finds what answers queries."""
+        found = Violations()
+        wanted = evaluate_from_proto(request, found)
+        if found.found:
+            check_candidates(found, wanted.candidates)
+            found.raise_if_any()
+        return evaluation_to_proto(await self._service.evaluator.evaluate(self._organization, wanted))
 
 
 # What decoding finds bad is told together with what the plain checks find: a generation has no trial run.

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psycopg import DataError as DataException
@@ -12,12 +12,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.document_tables import IndexKey, chunk_vectors, chunks, documents, rag_indexes
+from server.db.quotes import find_quotes
 from server.db.search import build_search
 from server.db.terms import delete_terms, insert_terms
 from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, MODEL, is_id
 from server.domain.retrieval import Chunk, RetrievedChunk, Scores, Search
+from server.domain.retrieval_evaluation import Span
 from server.services.ports import Page
 
 FLOAT16_BYTES = 2
@@ -95,6 +97,17 @@ class PostgresDocuments:
                     f"The model's vectors do not have {len(search.vector)} numbers each.", reason="EMBEDDING_DIMENSION_MISMATCH"
                 ) from error
             raise
+
+    async def read_sizes(self, model_id: str, document_ids: Sequence[str]) -> Mapping[str, int]:
+        """Give the characters of those of the documents that are indexed."""
+        of_model = (documents.c.organization == self._organization, documents.c.model_id == model_id)
+        wanted = (documents.c.document_id == func.any(list(document_ids)), documents.c.state == DocumentState.INDEXED)
+        rows = await self._connection.execute(select(documents.c.document_id, documents.c.size_characters).where(*of_model, *wanted))
+        return {row.document_id: row.size_characters for row in rows}
+
+    async def find_quotes(self, model_id: str, index_number: int, quotes: Sequence[tuple[str, str]]) -> Sequence[Sequence[Span]]:
+        """Give the places of each quote (a document's id, or an empty one for all, and a text) in indexed documents."""
+        return await find_quotes(self._connection, IndexKey(self._organization, model_id, index_number), quotes)
 
     async def list_unknown_keys(self, model_id: str, keys: Sequence[str]) -> Sequence[str]:
         """Give those of the keys that no indexed document's metadata has; none where no document is indexed. Reads every document."""

@@ -35,6 +35,7 @@ class RecordKind(StrEnum):
     SHAREGPT = "SHAREGPT"
     TEXT = "TEXT"
     PREFERENCE = "PREFERENCE"
+    RETRIEVAL = "RETRIEVAL"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from server.domain.datasets import RecordKind
 from server.domain.records import MAX_RECORD_BYTES, Record, RecordInvalid, ToolCall, Turn, TurnRole, check_turns, make_too_long
+from server.domain.retrieval_evaluation import parse_query
 
 Value = Mapping[str, object]
 MAX_WEIGHT = 100.0  # beyond it a message drowns all others
@@ -55,6 +56,7 @@ MARKS = {
     RecordKind.CHAT: "`messages`",
     RecordKind.SHAREGPT: "`conversations`",
     RecordKind.PREFERENCE: "`prompt`, `chosen` and `rejected`",
+    RecordKind.RETRIEVAL: "`query` and `relevant`",
     RecordKind.COMPLETION: "`prompt` and `completion`",
     RecordKind.INSTRUCTION: "`instruction` and `output`",
     RecordKind.TEXT: "`text`",
@@ -69,6 +71,8 @@ def recognise_kind(value: Value) -> RecordKind | None:
         return RecordKind.SHAREGPT
     if "chosen" in value or "rejected" in value:
         return RecordKind.PREFERENCE
+    if "relevant" in value:
+        return RecordKind.RETRIEVAL
     if "completion" in value:
         return RecordKind.COMPLETION
     if "instruction" in value:
@@ -155,6 +159,10 @@ def _parse_preference(value: Value) -> Record:
         shared = next((place for place, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), min(len(good), len(bad)))
         asked, good, bad = good[:shared], good[shared:], bad[shared:]
     return _make_pair(asked, good, bad, _parse_tools(value), is_plain=False)
+
+
+def _parse_retrieval(value: Value) -> Record:
+    return Record(RecordKind.RETRIEVAL, text=parse_query(value).query)
 
 
 def _make_pair(
@@ -285,4 +293,5 @@ PARSERS: Mapping[RecordKind, Callable[[Value], Record]] = {
     RecordKind.INSTRUCTION: _parse_instruction,
     RecordKind.TEXT: _parse_text,
     RecordKind.PREFERENCE: _parse_preference,
+    RecordKind.RETRIEVAL: _parse_retrieval,
 }

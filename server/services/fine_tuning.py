@@ -193,7 +193,8 @@ def _check_inline(found: Violations, lines: Sequence[bytes]) -> None:
         return
     for place, line in enumerate(lines):
         try:
-            parse_record(line)
+            if parse_record(line).kind is RecordKind.RETRIEVAL:
+                found.add(f"inline_records[{place}]", "is a query to evaluate retrieval by: nothing can be learnt from it")
         except RecordInvalid as error:
             found.add(f"inline_records[{place}]", f"{error.code}: {error}")
 
@@ -220,10 +221,13 @@ async def _find_dataset(transaction: Transaction, found: Violations, field: str,
     if not dataset_id:
         return None
     try:
-        return await transaction.datasets.get(dataset_id)
+        dataset = await transaction.datasets.get(dataset_id)
     except NotFound as error:
         found.add(field, str(error))
         return None
+    if dataset.record_kind is RecordKind.RETRIEVAL:
+        found.add(field, "holds queries to evaluate retrieval by: nothing can be learnt from them")
+    return dataset
 
 
 def _new_model(request: CreateFineTunedModel, spec: FineTuneSpec) -> Model:

@@ -19,6 +19,7 @@ from server.services.rag_answers import RagAnswers
 from server.services.references import References
 from server.services.requests import Generate
 from server.services.retrieval import Retrieval
+from server.services.retrieval_evaluation import RetrievalEvaluator
 from server.services.validation import MAX_PROMPT_CHARACTERS, Violations, check_generation, check_messages
 
 
@@ -44,12 +45,13 @@ class GenerationStream:
 
 
 class InferenceService:
-    """Use cases of generation; searches are in `retrieval`, answers from documents in `rag`."""
+    """Use cases of generation; searches are in `retrieval` and `evaluator`, answers from documents in `rag`."""
 
-    def __init__(self, engine: Engine, references: References, retrieval: Retrieval) -> None:
+    def __init__(self, engine: Engine, references: References, retrieval: Retrieval, evaluator: RetrievalEvaluator) -> None:
         self._engine = engine
         self._references = references
         self.retrieval = retrieval
+        self.evaluator = evaluator
         self.rag = RagAnswers(retrieval, engine, references)
 
     async def generate(self, organization: str, request: Generate, request_id: str) -> Generation:

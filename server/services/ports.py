@@ -18,6 +18,7 @@ from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
 from server.domain.previews import Preview, PreviewOrder
 from server.domain.retrieval import RetrievedChunk, Search
+from server.domain.retrieval_evaluation import Span
 from server.domain.shapes import ModelShape
 from server.domain.specs import FineTuneSpec
 
@@ -174,6 +175,12 @@ class Documents(Protocol):
 
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
         """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared."""
+
+    async def read_sizes(self, model_id: str, document_ids: Sequence[str]) -> Mapping[str, int]:
+        """Give the characters of those of the documents that are indexed."""
+
+    async def find_quotes(self, model_id: str, index_number: int, quotes: Sequence[tuple[str, str]]) -> Sequence[Sequence[Span]]:
+        """Give the places of each quote (a document's id, or an empty one for all, and a text) in indexed documents."""
 
     async def list_unknown_keys(self, model_id: str, keys: Sequence[str]) -> Sequence[str]:
         """Give those of the keys that no indexed document's metadata has; none where no document is indexed."""

@@ -11,6 +11,7 @@ from server.domain.generation import ChatMessage, GenerationParameters
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalOverrides
+from server.domain.retrieval_evaluation import RetrievalQuery
 from server.domain.specs import ExportFormat, LossOn, OverlongPolicy, ParametersRequest, VersionReference
 from server.domain.techniques import Technique
 from server.services.ports import JobFilter, ModelFilter
@@ -204,6 +205,27 @@ class RagGenerate:
     retrieval: RetrievalOverrides
     parameters: GenerationParameters
     messages: Sequence[ChatMessage] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to search, to be compared with others. An empty name: its number."""
+
+    name: str = ""
+    retrieval: RetrievalOverrides = RetrievalOverrides()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateRetrieval:
+    """Queries to measure retrieval by: inline, or of a dataset."""
+
+    model_id: str
+    queries: Sequence[RetrievalQuery] = ()
+    dataset_id: str = ""
+    candidates: Sequence[Candidate] = ()
+    k_values: Sequence[int] = ()
+    seed: int | None = None
+    timeout_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,13 +65,26 @@ class Retrieval:
             raise FailedPrecondition(f"The model is {model.state.value}, not READY.", reason="MODEL_NOT_READY", metadata=metadata)
         return model.rag
 
-    async def search(self, organization: str, model_id: str, query: str, rag: RagConfiguration, settings: RetrievalSettings) -> Retrieved:
-        """Find the chunks for a query that was checked, best first."""
+    async def embed_queries(self, rag: RagConfiguration, queries: Sequence[str]) -> Sequence[Sequence[float]]:
+        """Embed queries as the model's index demands, to unit vectors."""
+        return await self._engine.embed(rag.embedding_model, queries, EmbedRole.QUERY)
+
+    async def search(
+        self,
+        organization: str,
+        model_id: str,
+        query: str,
+        rag: RagConfiguration,
+        settings: RetrievalSettings,
+        vector: Sequence[float] | None = None,
+    ) -> Retrieved:
+        """Find the chunks for a query that was checked, best first. `vector`: the query as it was embedded before; None: embed it."""
         _check_together(settings)
         start = time.perf_counter()
-        vector: Sequence[float] = ()
-        if settings.search_mode is not SearchMode.LEXICAL:
-            vector = (await self._engine.embed(rag.embedding_model, [query], EmbedRole.QUERY))[0]
+        if settings.search_mode is SearchMode.LEXICAL:
+            vector = ()
+        elif vector is None:
+            vector = (await self.embed_queries(rag, [query]))[0]
         embedded = time.perf_counter()
         search = Search(
             replace(settings, top_k=settings.candidate_count),

@@ -30,6 +30,7 @@ from server.services.previews import Previews
 from server.services.rag_models import RagModels
 from server.services.references import References
 from server.services.retrieval import Retrieval
+from server.services.retrieval_evaluation import RetrievalEvaluator
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
 from server.services.versions import Versions
@@ -62,11 +63,12 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     )
     machine = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine))
+    retrieval = Retrieval(database, engine)
     references = References(database, source)
     services = Services(
         models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
-        inference=InferenceService(engine, references, Retrieval(database, engine)),
+        inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
         versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),
         previews=Previews(database, engine, source),
     )

@@ -63,6 +63,7 @@ PROMISED = (
     ("post", "/inference/stream", "InferenceService.StreamGenerate"),
     ("post", "/rag/inference/stream", "InferenceService.StreamRagGenerate"),
     ("post", "/rag/retrieve", "InferenceService.Retrieve"),
+    ("post", "/rag/evaluate", "InferenceService.EvaluateRetrieval"),
 )
 
 # What the body of a request is, where it is not the whole message.

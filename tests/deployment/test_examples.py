@@ -8,6 +8,7 @@ import pytest
 
 from server.domain.record_forms import parse_record
 from server.domain.records import Record
+from server.domain.retrieval_evaluation import parse_query
 from tests.deployment.dockerfile import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -47,6 +48,15 @@ def test_there_are_a_few_hundred_records_in_both_languages() -> None:
 
 def test_both_forms_of_records_are_shown() -> None:
     assert all(record.is_plain for record in read_records("announcements.jsonl"))
+
+
+def test_every_query_quotes_what_stands_in_one_document(documents: dict[str, str]) -> None:
+    lines = (EXAMPLES / "records" / "queries.jsonl").read_bytes().splitlines()
+    queries = [parse_query(json.loads(line)) for line in lines]
+    for query in queries:
+        (relevant,) = query.relevant
+        assert sum(relevant.quote in " ".join(text.split()) for text in documents.values()) == 1, relevant.quote
+    assert sum(has_arabic(query.query) for query in queries) == 3
 
 
 def test_no_question_is_trained_twice_or_held_out_and_trained() -> None:

@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 
 from server.db.database import PostgresDatabase
-from server.db.queue import PostgresJobQueue
 from server.domain.documents import NewDocument
 from server.domain.errors import InvalidInput, Unavailable
-from server.domain.events import ResultReady
-from server.domain.ids import DOCUMENT, new_id
-from server.domain.jobs import JobState
 from server.domain.models import Model
 from server.domain.retrieval import MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
 from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
 from server.services.requests import Retrieve
 from server.services.retrieval import Retrieval
-from tests.db.samples import ORGANIZATION, add_model, make_chunks, make_rag_model, make_vectors, start_job
+from tests.db.samples import ORGANIZATION, add_model, make_rag_model
+from tests.services.libraries import index_documents
 
 TEXTS = ("منارة أورفال تضيء الميناء منذ ١٨٨٤.", "The lighthouse of Orvale lights the harbour.")
 
@@ -41,15 +38,9 @@ class Library:
 @pytest.fixture
 async def library(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Library]:
     model = await add_model(database, make_rag_model())
-    new = [(new_id(DOCUMENT), NewDocument(text, metadata={"lang": lang})) for text, lang in zip(TEXTS, ("ar", "en"), strict=True)]
-    async with database.transaction(ORGANIZATION) as transaction:
-        await transaction.documents.insert(model.model_id, new)
-    queue = PostgresJobQueue(database)
-    lease = await start_job(database, queue, model)
-    for (document_id, document), vector in zip(new, make_vectors(2), strict=True):
-        await queue.commit_document(lease, document_id, make_chunks([document.text]), vector.tobytes(), 8, "", 2)
-    await queue.change_state(lease, JobState.FINALIZING, "")
-    await queue.complete(lease, ResultReady())
+    await index_documents(
+        database, model, [NewDocument(text, metadata={"lang": lang}) for text, lang in zip(TEXTS, ("ar", "en"), strict=True)]
+    )
     engine = EngineClient(tmp_path / "no-engine.sock")
     yield Library(Retrieval(database, engine), model)
     await engine.close()

@@ -207,6 +207,8 @@ class Dataset(_message.Message):
         """Plain `text` to go on learning the language from."""
         RECORD_KIND_PREFERENCE: Dataset._RecordKind.ValueType  # 7
         """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
+        RECORD_KIND_RETRIEVAL: Dataset._RecordKind.ValueType  # 8
+        """A `query` and its `relevant` documents or passages: to evaluate retrieval by, not to train on."""
 
     class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
         """What its records hold."""
@@ -227,6 +229,8 @@ class Dataset(_message.Message):
     """Plain `text` to go on learning the language from."""
     RECORD_KIND_PREFERENCE: Dataset.RecordKind.ValueType  # 7
     """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
+    RECORD_KIND_RETRIEVAL: Dataset.RecordKind.ValueType  # 8
+    """A `query` and its `relevant` documents or passages: to evaluate retrieval by, not to train on."""
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from modeltraining.v1 import evaluation_pb2 as _evaluation_pb2
 from modeltraining.v1 import generation_pb2 as _generation_pb2
 from modeltraining.v1 import message_pb2 as _message_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
@@ -734,3 +735,100 @@ class RetrieveResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetrieveResponse: _TypeAlias = RetrieveResponse  # noqa: Y015
+
+@_typing.final
+class EvaluateRetrievalRequest(_message.Message):
+    """Asks how well a RAG model finds what answers queries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    QUERIES_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    CONFIGURATIONS_FIELD_NUMBER: _builtins.int
+    K_VALUES_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`. Required."""
+    dataset_id: _builtins.str
+    """A dataset of such queries (RECORD_KIND_RETRIEVAL, uploaded as JSONL), at most 5,000 records."""
+    seed: _builtins.int
+    """Seed of the bootstrap samples, 0 or more; the same gives the same intervals. Default 0."""
+    timeout_seconds: _builtins.float
+    """Longest time it may take, seconds, above 0, at most 540. Default 300."""
+    @_builtins.property
+    def queries(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.RetrievalQuery]:
+        """Queries with what answers each, 1 to 2,000. Exactly one of `queries` and `dataset_id` is given."""
+
+    @_builtins.property
+    def configurations(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.RetrievalCandidate]:
+        """Ways to search, at most 8; each further one is compared with the first. Default: the model's own."""
+
+    @_builtins.property
+    def k_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For which k recall@k is measured, 1 to 1,000 each, at most 10. Default 1, 3, 5 and 10."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        queries: _abc.Iterable[_evaluation_pb2.RetrievalQuery] | None = ...,
+        dataset_id: _builtins.str = ...,
+        configurations: _abc.Iterable[_evaluation_pb2.RetrievalCandidate] | None = ...,
+        k_values: _abc.Iterable[_builtins.int] | None = ...,
+        seed: _builtins.int | None = ...,
+        timeout_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_timeout_seconds", b"_timeout_seconds", "seed", b"seed", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_timeout_seconds", b"_timeout_seconds", "configurations", b"configurations", "dataset_id", b"dataset_id", "k_values", b"k_values", "model_id", b"model_id", "queries", b"queries", "seed", b"seed", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
+
+Global___EvaluateRetrievalRequest: _TypeAlias = EvaluateRetrievalRequest  # noqa: Y015
+
+@_typing.final
+class EvaluateRetrievalResponse(_message.Message):
+    """How well it does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
+    QUERY_COUNT_FIELD_NUMBER: _builtins.int
+    INVALID_RECORD_COUNT_FIELD_NUMBER: _builtins.int
+    query_count: _builtins.int
+    """Queries that were asked."""
+    invalid_record_count: _builtins.int
+    """Records of the dataset that are no queries and were left out."""
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.RetrievalScores]:
+        """The ways to search, in the order of the request."""
+
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.RetrievalComparison]:
+        """Each but the first against the first."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[_evaluation_pb2.RetrievalScores] | None = ...,
+        comparisons: _abc.Iterable[_evaluation_pb2.RetrievalComparison] | None = ...,
+        query_count: _builtins.int = ...,
+        invalid_record_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons", "invalid_record_count", b"invalid_record_count", "query_count", b"query_count", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluateRetrievalResponse: _TypeAlias = EvaluateRetrievalResponse  # noqa: Y015

@@ -60,6 +60,11 @@ class InferenceServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.EvaluateRetrieval = channel.unary_unary(
+                '/modeltraining.v1.InferenceService/EvaluateRetrieval',
+                request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -101,6 +106,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvaluateRetrieval(self, request, context):
+        """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +140,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.RetrieveRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'EvaluateRetrieval': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvaluateRetrieval,
+                    request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +283,33 @@ class InferenceService:
             '/modeltraining.v1.InferenceService/Retrieve',
             modeltraining_dot_v1_dot_inference__service__pb2.RetrieveRequest.SerializeToString,
             modeltraining_dot_v1_dot_inference__service__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvaluateRetrieval(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.InferenceService/EvaluateRetrieval',
+            modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.SerializeToString,
+            modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class InferenceServiceStub:
     """The same streamed: sources first, then the text, then verified citations. A stream without `finished` or `error` at its end was cut."""
     Retrieve: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.RetrieveRequest, _inference_service_pb2.RetrieveResponse]
     """Finds chunks in the documents of a RAG model, with each of their scores; generates nothing."""
+    EvaluateRetrieval: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EvaluateRetrievalRequest, _inference_service_pb2.EvaluateRetrievalResponse]
+    """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -59,6 +61,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """The same streamed: sources first, then the text, then verified citations. A stream without `finished` or `error` at its end was cut."""
     Retrieve: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.RetrieveRequest, _inference_service_pb2.RetrieveResponse]  # type: ignore[assignment]
     """Finds chunks in the documents of a RAG model, with each of their scores; generates nothing."""
+    EvaluateRetrieval: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EvaluateRetrievalRequest, _inference_service_pb2.EvaluateRetrievalResponse]  # type: ignore[assignment]
+    """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generation with base and fine-tuned models, retrieval, and answers from retrieved documents."""
@@ -102,5 +106,13 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.RetrieveResponse, _abc.Awaitable[_inference_service_pb2.RetrieveResponse]]:
         """Finds chunks in the documents of a RAG model, with each of their scores; generates nothing."""
+
+    @_abc_1.abstractmethod
+    def EvaluateRetrieval(
+        self,
+        request: _inference_service_pb2.EvaluateRetrievalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.EvaluateRetrievalResponse, _abc.Awaitable[_inference_service_pb2.EvaluateRetrievalResponse]]:
+        """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
