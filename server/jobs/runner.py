@@ -79,6 +79,9 @@ class JobRunner:
         try:
             # The pulse ends only with the lease, and with the lease ends the right to write.
             await asyncio.wait({pulse, care}, return_when=asyncio.FIRST_COMPLETED)
+            if held.is_settling and not care.done():
+                # The end is written, and a pulse finds no lease any more, before the writer has heard so; and files are still cleared up.
+                await asyncio.wait({care}, timeout=self._terms.lease_seconds)
             await (care if care.done() else pulse)
         except LeaseLost as error:
             _logger.warning("job %s, epoch %d: the lease is lost, nothing more is written: %s", claim.job.job_id, claim.lease.epoch, error)
@@ -189,7 +192,7 @@ class JobRunner:
 
     async def _settle(self, held: "_HeldJob", ending: _Ending) -> None:
         """Write the end of the job, once it is certain that nothing of it runs any more, then remove what it leaves."""
-        claim = held.claim
+        claim, held.is_settling = held.claim, True
         state = await self._write_end(claim, ending)
         _logger.info("job %s, attempt %d: %s", claim.job.job_id, claim.job.attempt, state)
         await asyncio.to_thread(self._clear_up, claim, ending, state)
@@ -231,6 +234,7 @@ class _HeldJob:
         self.stopping = asyncio.Event()  # it is to end now: cancelled, or it would not pause
         self.pausing = asyncio.Event()  # the api wants it paused
         self.is_closing = False  # this worker shuts down
+        self.is_settling = False  # nothing of it runs any more, and its end is written; each write still demands the lease
 
 
 def _check_inputs(claim: Claim) -> None:

@@ -28,7 +28,9 @@ from tests.db import samples
 from tests.jobs.child_program import Script
 
 ROOT = Path(__file__).resolve().parents[2]
-TERMS = LeaseTerms(lease_seconds=2.0, heartbeat_seconds=0.1, max_attempts=3)
+# A lease long enough that a machine with much else to do never loses one; SHORT is for tests in which one is lost.
+TERMS = LeaseTerms(lease_seconds=30.0, heartbeat_seconds=0.1, max_attempts=3)
+SHORT = LeaseTerms(lease_seconds=2.0, heartbeat_seconds=0.1, max_attempts=3)
 LIMITS = ClaimLimits(training_jobs=1, index_jobs=1)
 _PATIENCE_SECONDS = 60.0
 
@@ -74,10 +76,13 @@ class Stage:
         *,
         pause_grace_seconds: float = 60.0,
         count_kills: Callable[[], int] = count_memory_kills,
+        queue: PostgresJobQueue | None = None,
     ) -> AsyncIterator[None]:
-        """Run a worker of this process."""
+        """Run a worker of this process, over a queue of its own where one is given."""
         shutdown = asyncio.Event()
-        worker = make_worker(self.queue, self.storage, limits, terms, pause_grace_seconds=pause_grace_seconds, count_kills=count_kills)
+        worker = make_worker(
+            queue or self.queue, self.storage, limits, terms, pause_grace_seconds=pause_grace_seconds, count_kills=count_kills
+        )
         task = asyncio.create_task(worker.run(shutdown))
         try:
             yield

@@ -3,19 +3,22 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import psycopg
 import pytest
 
+from server.db.queue import PostgresJobQueue
 from server.domain.documents import DocumentState
+from server.domain.errors import ErrorData
 from server.domain.jobs import FailureReason, JobState
 from server.domain.models import ModelState
-from server.jobs.runner import LeaseTerms
-from server.services.job_queue import ClaimLimits
+from server.services.job_queue import ClaimLimits, Lease
 from server.services.ports import Page
 from tests.db import samples
 from tests.jobs.child_program import Script
-from tests.jobs.stage import Stage
+from tests.jobs.stage import SHORT, TERMS, Stage
 
 S = JobState
 ALL_STATES = [S.VALIDATING, S.QUEUED, S.STARTING, S.RUNNING, S.FINALIZING, S.SUCCEEDED]
@@ -125,6 +128,28 @@ async def _has_child(stage: Stage) -> bool:
     return (stage.storage / "pids").exists() and bool(stage.read_child_pids())
 
 
+class _SlowToAnswer(PostgresJobQueue):
+    """A database that writes the end of a job at once and says so late: heartbeats come in between."""
+
+    async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
+        state = await super().fail(lease, reason, error)
+        await asyncio.sleep(0.5)
+        return state
+
+
+async def test_a_job_is_cleared_up_though_its_lease_ends_with_it(stage: Stage) -> None:
+    job = await stage.add_job(Script(steps=5, failure="LOSS_NOT_FINITE"))
+    async with stage.working(queue=_SlowToAnswer(stage.database)):
+        await stage.wait_for_state(job, S.FAILED)
+        marks = stage.storage / "default/jobs" / job.job_id / "leftover"
+        marks.write_text("of the attempt")
+        await stage.wait_until(lambda: _is_gone(marks))
+
+
+async def _is_gone(path: Path) -> bool:
+    return not path.exists()
+
+
 async def test_a_worker_that_lost_its_lease_stops_the_child_and_writes_nothing(stage: Stage) -> None:
     job = await stage.add_job(SLOW)
     async with stage.working():
@@ -157,7 +182,7 @@ async def test_a_database_that_is_away_for_less_than_the_lease_does_no_harm(stag
     name = psycopg.conninfo.conninfo_to_dict(stage.database_url)["dbname"]
     elsewhere = psycopg.conninfo.make_conninfo(stage.database_url, dbname="postgres")
     async with (
-        stage.working(terms=LeaseTerms(20.0, 0.1, 3)),
+        stage.working(),
         await psycopg.AsyncConnection.connect(elsewhere, autocommit=True) as connection,
     ):
         await stage.wait_for_step(job, 10)
@@ -172,7 +197,7 @@ async def test_a_database_that_is_away_for_less_than_the_lease_does_no_harm(stag
 
 async def test_a_worker_cut_off_from_the_database_stops_its_child_when_the_lease_is_over(stage: Stage) -> None:
     job = await stage.add_job(SLOW)
-    async with stage.working():
+    async with stage.working(terms=SHORT):
         await stage.wait_for_step(job, 2)
         # In a transaction that holds the table: heartbeats hang until they give up.
         async with await psycopg.AsyncConnection.connect(stage.database_url) as connection:
@@ -211,7 +236,7 @@ async def test_a_killed_workers_job_dies_with_it_and_is_taken_up_again(stage: St
         first.kill()
         first.wait()
         await stage.wait_for_no_child()
-        async with stage.working():
+        async with stage.working(terms=SHORT):  # which also says how often dead workers are looked for
             ended = await stage.wait_for_end(job)
     finally:
         first.kill()
@@ -267,7 +292,7 @@ async def test_vectors_that_do_not_fit_fail_the_index_job_at_once(stage: Stage) 
     model = await samples.add_model(stage.database, samples.make_rag_model())
     await samples.add_documents(stage.database, model, ["one", "two"])
     job = await samples.add_job(stage.database, model)
-    async with stage.working(terms=LeaseTerms(2.0, 0.1, 100)):
+    async with stage.working(terms=replace(TERMS, max_attempts=100)):
         ended = await stage.wait_for_end(job)
     assert ended.error is not None
     assert (ended.state, ended.attempt, ended.error.reason) == (S.FAILED, 1, FailureReason.DOCUMENTS_INVALID)
