@@ -20,7 +20,8 @@ from server.api.mappers.generation import (
 from server.api.mappers.rag import RagMessage, rag_answer_to_proto, rag_event_to_proto, rag_generate_from_proto
 from server.api.mappers.retrieval import retrieve_from_proto, retrieved_to_proto
 from server.api.pacing import HEARTBEAT_SECONDS, beat_while_idle
-from server.domain.generation import Delta, GenerationFinished
+from server.domain.generation import Delta
+from server.services.generating import AnswerFinished, ChoiceDelta
 from server.services.inference_service import InferenceService
 from server.services.rag_answers import RagFinished, Sources
 from server.services.requests import Generate, RagGenerate, Retrieve
@@ -52,9 +53,9 @@ class InferenceServicer(InferenceServiceServicer):
         async with aclosing(beat_while_idle(stream.events, self._heartbeat_seconds)) as events:
             async for event in events:
                 match event:
-                    case Delta():
-                        yield pb.StreamGenerateResponse(delta=delta_to_proto(event))
-                    case GenerationFinished():
+                    case ChoiceDelta():
+                        yield pb.StreamGenerateResponse(delta=delta_to_proto(event.delta, event.choice))
+                    case AnswerFinished():
                         yield pb.StreamGenerateResponse(finished=finished_to_proto(event, stream.model))
                     case None:
                         yield pb.StreamGenerateResponse(heartbeat=pb.Heartbeat())

@@ -1,7 +1,7 @@
 """Generation: what is asked of an engine and what it answers, token by token."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
@@ -23,10 +23,18 @@ class ChatMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputConstraint:
+    """A form that the text keeps; one of the two is set. `json_schema` is JSON text, `regex` matches the whole text."""
+
+    json_schema: str = ""
+    regex: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationParameters:
     """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 are off; max_tokens None: up to 512 or the rest of the context.
 
-    A `seed` of None draws one; the same seed gives the same text.
+    A `seed` of None draws one; the same seed gives the same text. `n` answers are `n` requests to an engine, which itself knows none.
     """
 
     max_tokens: int | None = None
@@ -40,6 +48,18 @@ class GenerationParameters:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    n: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    constraint: OutputConstraint | None = None
+
+
+class Priority(StrEnum):
+    """Who comes first where requests wait for a place: a head start on those that arrived earlier, so that nobody waits for ever."""
+
+    LOW = "LOW"
+    NORMAL = "NORMAL"
+    HIGH = "HIGH"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +82,16 @@ class GenerationRequest:
     parameters: GenerationParameters
     prompt: str | None = None
     messages: Sequence[ChatMessage] = ()
+    priority: Priority = Priority.NORMAL
 
 
 class FinishReason(StrEnum):
-    """Why generation ended: the model's own end token, the token limit, a stop string."""
+    """Why generation ended: the model's own end token, the token limit, a stop string, one of the caller's stop tokens."""
 
     STOP = "STOP"
     LENGTH = "LENGTH"
     STOP_STRING = "STOP_STRING"
+    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105  # no secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +104,13 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time went, in seconds from the engine's receipt of the request."""
+    """Where the time went, in seconds: waiting for a place, for weights and for an adapter; to the first token and the end from arrival."""
 
     queue_seconds: float
     first_token_seconds: float
     total_seconds: float
+    load_seconds: float = 0.0
+    adapter_load_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,15 @@ contiguous block; prompts being read lie behind them, and one spare row makes ro
 
 import logging
 import time
-from collections import deque
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, ResourceExhausted, ServiceError, Unavailable
-from server.domain.generation import FinishReason, GenerationFinished, Timings, TokenEvent, TokenUsage
+from server.domain.generation import FinishReason, GenerationFinished, Priority, Timings, TokenEvent, TokenUsage
 from server.inference.cache import RowCache, Step
 from server.inference.decoder import Decoder
 from server.inference.lora import NamedAdapter
@@ -23,6 +23,8 @@ from server.inference.transcript import Transcript
 
 # A full queue empties by whole answers; sooner than this a retry seldom finds a place.
 RETRY_SECONDS = 2.0
+# A priority is a head start on those that arrived earlier, in seconds: so whoever waits comes first at some time.
+HEAD_START_SECONDS: Mapping[Priority, float] = {Priority.LOW: -30.0, Priority.NORMAL: 0.0, Priority.HIGH: 10.0}
 # A row that held so many tokens gives its memory back when it is left; smaller ones keep it for the next request.
 KEPT_ROW_TOKENS = 512
 
@@ -55,13 +57,22 @@ class Generation:
     transcript: Transcript
     adapter: NamedAdapter | None = None
     prefix: torch.Tensor | None = None
+    priority: Priority = Priority.NORMAL
     received_seconds: float = field(default_factory=time.monotonic)
+    load_seconds: float = 0.0
+    adapter_load_seconds: float = 0.0
+    queued_seconds: float = field(default_factory=time.monotonic)
     started_seconds: float = 0.0
     first_token_seconds: float = 0.0
     row: int = -1
     cached_tokens: int = 0
     generated_tokens: int = 0
     last_token: int = -1
+
+    @property
+    def turn_seconds(self) -> float:
+        """Its place among those that wait, smallest first."""
+        return self.queued_seconds - HEAD_START_SECONDS[self.priority]
 
     @property
     def adapter_name(self) -> str | None:
@@ -86,7 +97,8 @@ class Generation:
     def finish(self, reason: FinishReason) -> GenerationFinished:
         """Make the final event."""
         end, start = time.monotonic(), self.received_seconds
-        timings = Timings(self.started_seconds - start, self.first_token_seconds - start, end - start)
+        queued = self.started_seconds - self.queued_seconds
+        timings = Timings(queued, self.first_token_seconds - start, end - start, self.load_seconds, self.adapter_load_seconds)
         usage = TokenUsage(len(self.prompt_ids), self.generated_tokens)
         return GenerationFinished(reason, usage, timings, self.sampling.seed)
 
@@ -106,7 +118,7 @@ class Batch:
         self._decoder, self._limits, self._adapters = decoder, limits, decoder.adapters
         self._cache = RowCache(decoder.cache_shape, limits.max_rows + 1)
         self._device = decoder.cache_shape.device
-        self._waiting: deque[Generation] = deque()
+        self._waiting: list[Generation] = []  # by their turn
         self._reading: list[Generation] = []
         self._decoding: list[Generation] = []
         self._free_rows = set(range(limits.max_rows + 1))
@@ -144,7 +156,7 @@ class Batch:
             raise ResourceExhausted(
                 f"{len(self._waiting)} requests already wait for this model.", reason="QUEUE_FULL", retry_after_seconds=RETRY_SECONDS
             )
-        self._waiting.append(generation)
+        insort(self._waiting, generation, key=lambda waiting: waiting.turn_seconds)
 
     def cancel(self, request_id: str) -> bool:
         """Forget a request and free its place at once; False where it is not here (any more)."""
@@ -172,7 +184,7 @@ class Batch:
         return outputs
 
     def _admit(self) -> list[Output]:
-        """Give rows in order of arrival. Nobody overtakes: a large request would wait for ever."""
+        """Give rows in order of their turns. Nobody overtakes: a large request would wait for ever."""
         outputs: list[Output] = []
         while self._waiting and self.running_count < self._limits.max_rows:
             generation = self._waiting[0]
@@ -184,7 +196,7 @@ class Batch:
             except (ServiceError, RuntimeError, MemoryError) as error:
                 outputs.append(self._fail(generation, error))
                 continue
-            self._waiting.popleft()
+            self._waiting.pop(0)
             generation.row = max(self._free_rows)
             self._free_rows.remove(generation.row)
             self._reserved_tokens += generation.reserved_tokens
@@ -283,9 +295,8 @@ class Batch:
         for generation, choice in zip(list(generations), choices, strict=True):
             if choice.token_id < 0:
                 self._cache.clear_row(generation.row)
-                error = FailedPrecondition("The model computed numbers that are not finite.", reason="MODEL_NOT_FINITE")
                 self._remove(generation)
-                outputs.append(Output(generation, error))
+                outputs.append(Output(generation, _explain_loss(generation.sampling)))
                 continue
             outputs += [Output(generation, event) for event in self._accept(generation, choice)]
         return outputs
@@ -296,13 +307,15 @@ class Batch:
         generation.generated_tokens += 1
         generation.last_token = choice.token_id
         generation.sampling.record(choice.token_id)
-        is_end = choice.token_id in generation.stop_ids
+        is_stop_token = choice.token_id in generation.sampling.parameters.stop_token_ids
+        is_end = is_stop_token or choice.token_id in generation.stop_ids
         is_last = generation.generated_tokens >= generation.max_new_tokens
         events: list[TokenEvent] = [*generation.transcript.add(choice, is_end=is_end, is_last=is_last)]
         if generation.transcript.is_stopped:
             events.append(generation.finish(FinishReason.STOP_STRING))
         elif is_end or is_last:
-            events.append(generation.finish(FinishReason.STOP if is_end else FinishReason.LENGTH))
+            end = FinishReason.STOP if is_end else FinishReason.LENGTH
+            events.append(generation.finish(FinishReason.STOP_TOKEN if is_stop_token else end))
         else:
             return events
         self._remove(generation)
@@ -336,6 +349,13 @@ class Batch:
             self._cache.clear_all()
         elif longest >= KEPT_ROW_TOKENS:
             self._cache.clear_row(row)
+
+
+def _explain_loss(sampling: SamplingState) -> ServiceError:
+    """Say why no token could be chosen."""
+    if sampling.form is not None and sampling.form.has_failed:
+        return FailedPrecondition("The constraint grew too complex to be followed.", reason="CONSTRAINT_FAILED")
+    return FailedPrecondition("The model computed numbers that are not finite.", reason="MODEL_NOT_FINITE")
 
 
 def _translate(error: Exception) -> ServiceError:

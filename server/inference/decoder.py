@@ -22,6 +22,7 @@ class Decoder:
         config = model.config.get_text_config()
         if getattr(config, "alibi", False):
             raise _unsupported("its positions are linear biases (ALiBi)")
+        self.vocabulary_size = int(config.vocab_size)
         self.context_tokens = count_context_tokens(model)
         self.weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
         self._model = model

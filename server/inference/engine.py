@@ -13,7 +13,7 @@ from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
-from server.inference.library import BaseModelResolver, LoadingOptions
+from server.inference.library import BaseModelResolver, LoadingOptions, Times
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
 from server.inference.stepping import Mailbox, Stepper
@@ -93,7 +93,8 @@ class EmbeddedEngine:
         """Stream deltas, then GenerationFinished; closing the iterator frees the place before the next step."""
         received, name = time.monotonic(), f"{request.request_id}#{next(self._numbers)}"
         async with self._residents.use(request.model) as use:
-            generation = await asyncio.to_thread(use.model.prepare, name, request, use.adapter, received)
+            times = Times(received, use.load_seconds, use.adapter_load_seconds)
+            generation = await asyncio.to_thread(use.model.prepare, name, request, use.adapter, times)
             mailbox = Mailbox()
             self._stepper.submit(use.model.batch, generation, mailbox)
             try:

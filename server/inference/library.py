@@ -21,9 +21,10 @@ from server.basemodels.loading import load_causal_model, load_tokenizer, preferr
 from server.basemodels.rendering import PROBE, find_stop_token_ids, render, render_completion
 from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
-from server.domain.generation import GenerationRequest, ModelReference
+from server.domain.generation import GenerationParameters, GenerationRequest, ModelReference
 from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
 from server.inference.batching import Batch, BatchLimits, Generation
+from server.inference.constraints import FormReader
 from server.inference.decoder import Decoder
 from server.inference.lora import NamedAdapter
 from server.inference.plans import Addition, Opened, ServingPlan, VersionFiles, Weights
@@ -59,10 +60,14 @@ class BaseModelResolver(Protocol):
 
 @dataclass(frozen=True)
 class Voice:
-    """What turns requests to tokens and back: a tokenizer with its chat template, and the tokens that end an answer."""
+    """What turns requests to tokens and back: a tokenizer with its chat template, the tokens that end an answer, and forms for answers."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
+    forms: FormReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forms", FormReader(self.tokenizer, self.stop_ids))
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,15 @@ class LoadedAdapter:
     def prefix_tokens(self) -> int:
         """Virtual tokens before each prompt."""
         return 0 if self.prefix is None else self.prefix.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When a request arrived (time.monotonic), and how long it waited for weights and adapter, in seconds."""
+
+    received_seconds: float
+    load_seconds: float = 0.0
+    adapter_load_seconds: float = 0.0
 
 
 class LoadedModel:
@@ -96,7 +110,7 @@ class LoadedModel:
         """Give what prompts and answers have of the context: virtual tokens take their part."""
         return self.context_tokens - (0 if adapter is None else adapter.prefix_tokens)
 
-    def prepare(self, request_name: str, request: GenerationRequest, adapter: LoadedAdapter | None, received_seconds: float) -> Generation:
+    def prepare(self, request_name: str, request: GenerationRequest, adapter: LoadedAdapter | None, times: Times) -> Generation:
         """Render the prompt and fix what the request left open. Raises InvalidInput where the prompt leaves no room for an answer."""
         voice = adapter.voice if adapter is not None else self.voice
         if request.prompt is not None:
@@ -112,18 +126,32 @@ class LoadedModel:
             description = f"has {len(prompt_ids)} tokens, and the model's context is {context}, one of which the answer needs"
             raise InvalidInput.field(field_name, description, "PROMPT_TOO_LONG")
         parameters = request.parameters
+        check_token_ids(parameters, self.decoder.vocabulary_size)
         seed = parameters.seed if parameters.seed is not None else secrets.randbits(SEED_BITS)
+        form = None if parameters.constraint is None else voice.forms.read(parameters.constraint)
         return Generation(
             request_id=request_name,
             prompt_ids=prompt_ids,
             max_new_tokens=min(parameters.max_tokens or DEFAULT_NEW_TOKENS, room),
             stop_ids=voice.stop_ids,
-            sampling=SamplingState(parameters, seed, prompt_ids),
+            sampling=SamplingState(parameters, seed, prompt_ids, form),
             transcript=Transcript(voice.tokenizer, parameters.stop),
             adapter=None if adapter is None else adapter.matrices,
             prefix=None if adapter is None else adapter.prefix,
-            received_seconds=received_seconds,
+            priority=request.priority,
+            received_seconds=times.received_seconds,
+            load_seconds=times.load_seconds,
+            adapter_load_seconds=times.adapter_load_seconds,
         )
+
+
+def check_token_ids(parameters: GenerationParameters, vocabulary_size: int) -> None:
+    """Refuse ids that this model has no token for. Raises InvalidInput."""
+    for name, token_ids in (("stop_token_ids", parameters.stop_token_ids), ("logit_bias", tuple(parameters.logit_bias))):
+        foreign = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size]
+        if foreign:
+            description = f"has {foreign[0]}, and this model's tokens are 0 to {vocabulary_size - 1}"
+            raise InvalidInput.field(f"parameters.{name}", description, "TOKEN_UNKNOWN")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Choosing the next token of every row of a batch at once. Each request has random numbers of its own, whatever else is in the batch.
 
-Order as in transformers: penalties, temperature, top-k, top-p, min-p. One uniform number per token, read off the distribution in
-vocabulary order, so that rounding differences between batches seldom change a choice.
+Order as in transformers: penalties, bias and form, temperature, top-k, top-p, min-p. One uniform number per token, read off the
+distribution in vocabulary order, so that rounding differences between batches seldom change a choice.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from server.domain.generation import GenerationParameters
+from server.inference.constraints import Form
 
 # top-p looks among so many of the likeliest tokens first, and sorts the whole vocabulary only where they do not reach it.
 NUCLEUS_CANDIDATES = 1024
@@ -17,11 +18,12 @@ NUCLEUS_CANDIDATES = 1024
 
 @dataclass
 class SamplingState:
-    """What sampling knows of one request: its parameters, its random numbers, and the tokens so far."""
+    """What sampling knows of one request: its parameters, its random numbers, the tokens so far, and the form that they keep."""
 
     parameters: GenerationParameters
     seed: int
     prompt_ids: Sequence[int]
+    form: Form | None = None
     generator: torch.Generator = field(init=False)
     counts: dict[int, int] = field(default_factory=dict)
 
@@ -39,14 +41,21 @@ class SamplingState:
         p = self.parameters
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
+    @property
+    def shapes_scores(self) -> bool:
+        """True where the scores are not taken as the model gives them."""
+        return self.has_penalties or bool(self.parameters.logit_bias) or self.form is not None
+
     def record(self, token_id: int) -> None:
         """Note a token that was generated."""
         self.counts[token_id] = self.counts.get(token_id, 0) + 1
+        if self.form is not None:
+            self.form.advance(token_id)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen token; where asked for, its log probability and the likeliest tokens with theirs, before penalties and temperature."""
+    """The chosen token; where asked for, its log probability and the likeliest tokens with theirs, as the model gives them."""
 
     token_id: int
     logprob: float | None = None
@@ -54,15 +63,15 @@ class Choice:
 
 
 def choose_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Choice]:
-    """Choose one token per row of logits [rows, vocabulary]. Rows whose logits are not finite give token -1."""
+    """Choose one token per row of logits [rows, vocabulary]. Rows whose logits are not finite, or whose form fails, give token -1."""
     scores = logits.float()
     finite = torch.isfinite(scores.logsumexp(dim=-1)).tolist()
     raw = scores
-    if any(state.has_penalties for state in states):
+    if any(state.shapes_scores for state in states):
         scores = scores.clone()
         for row, state in enumerate(states):
-            if state.has_penalties:
-                _penalise(scores[row], state)
+            if state.shapes_scores:
+                _shape(scores[row], state)
     chosen = scores.argmax(dim=-1)
     sampled = [row for row, state in enumerate(states) if not state.is_greedy and finite[row]]
     if sampled:
@@ -72,9 +81,21 @@ def choose_tokens(logits: torch.Tensor, states: Sequence[SamplingState]) -> list
     token_ids = chosen.tolist()
     choices = []
     for row, state in enumerate(states):
-        token_id = int(token_ids[row]) if finite[row] else -1
+        is_lost = not finite[row] or (state.form is not None and state.form.has_failed)
+        token_id = -1 if is_lost else int(token_ids[row])
         choices.append(_describe(raw[row], token_id, state.parameters.logprobs))
     return choices
+
+
+def _shape(scores: torch.Tensor, state: SamplingState) -> None:
+    """Apply penalties, bias and form in place to one row."""
+    if state.has_penalties:
+        _penalise(scores, state)
+    bias = state.parameters.logit_bias
+    if bias:
+        scores[torch.tensor(list(bias), device=scores.device)] += torch.tensor(list(bias.values()), device=scores.device)
+    if state.form is not None:
+        state.form.mask(scores)
 
 
 def _penalise(scores: torch.Tensor, state: SamplingState) -> None:

@@ -1,19 +1,10 @@
-"""InferenceService: generation with base models and fine-tuned versions, whole or token by token; RAG is in `rag`."""
+"""InferenceService: generation with base models and fine-tuned versions, whole or token by token; documents in `retrieval` and `rag`."""
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from server.domain.generation import (
-    FinishReason,
-    GenerationFinished,
-    GenerationRequest,
-    ModelReference,
-    PositionLogprobs,
-    Timings,
-    TokenEvent,
-    TokenUsage,
-)
+from server.domain.generation import GenerationRequest, ModelReference
+from server.services.generating import AnswerEvent, Generation, collect, generate_choices, limit_time
 from server.services.ports import Engine
 from server.services.rag_answers import RagAnswers
 from server.services.references import References
@@ -22,18 +13,7 @@ from server.services.retrieval import Retrieval
 from server.services.retrieval_evaluation import RetrievalEvaluator
 from server.services.validation import MAX_PROMPT_CHARACTERS, Violations, check_generation, check_messages
 
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """A whole answer, with the weights that gave it."""
-
-    text: str
-    finish_reason: FinishReason
-    usage: TokenUsage
-    timings: Timings
-    model: ModelReference
-    logprobs: Sequence[PositionLogprobs]
-    seed: int
+MAX_TIMEOUT_SECONDS = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +21,7 @@ class GenerationStream:
     """A running answer: the weights that give it, and its events. Close `events` to stop it."""
 
     model: ModelReference
-    events: AsyncGenerator[TokenEvent, None]
+    events: AsyncGenerator[AnswerEvent, None]
 
 
 class InferenceService:
@@ -55,7 +35,7 @@ class InferenceService:
         self.rag = RagAnswers(retrieval, engine, references)
 
     async def generate(self, organization: str, request: Generate, request_id: str) -> Generation:
-        """Answer as a whole. Raises InvalidInput, NotFound, FailedPrecondition, ResourceExhausted, Unavailable."""
+        """Answer as a whole. Raises InvalidInput, NotFound, FailedPrecondition, ResourceExhausted, DeadlineExceeded, Unavailable."""
         stream = await self.stream_generate(organization, request, request_id)
         return await collect(stream.model, stream.events)
 
@@ -63,21 +43,9 @@ class InferenceService:
         """Begin an answer: everything about the request that can be wrong is found before the first token."""
         _check(request)
         model = await self._references.resolve(organization, request.model_id, request.version)
-        asked = GenerationRequest(request_id, model, request.parameters, request.prompt, tuple(request.messages))
-        return GenerationStream(model, self._engine.generate(asked))
-
-
-async def collect(model: ModelReference, events: AsyncGenerator[TokenEvent, None]) -> Generation:
-    """Read a stream to its end."""
-    texts: list[str] = []
-    logprobs: list[PositionLogprobs] = []
-    async with aclosing(events) as stream:
-        async for event in stream:
-            if isinstance(event, GenerationFinished):
-                return Generation("".join(texts), event.finish_reason, event.usage, event.timings, model, logprobs, event.seed)
-            texts.append(event.text)
-            logprobs.extend(event.logprobs)
-    raise RuntimeError("the engine's stream ended without its last event")
+        asked = GenerationRequest(request_id, model, request.parameters, request.prompt, tuple(request.messages), request.priority)
+        events = generate_choices(self._engine, asked)
+        return GenerationStream(model, events if request.timeout_seconds is None else limit_time(events, request.timeout_seconds))
 
 
 def _check(request: Generate) -> None:
@@ -85,6 +53,7 @@ def _check(request: Generate) -> None:
     if not request.model_id:
         found.add("model_id", "is required")
     found.number("version", request.version, 1, 2**31 - 1)
+    found.number("timeout_seconds", request.timeout_seconds, 0, MAX_TIMEOUT_SECONDS, above=True)
     if (request.prompt is None) == (not request.messages):
         found.add("messages", "give exactly one of prompt and messages, and not an empty one")
     if request.prompt is not None:

@@ -151,4 +151,6 @@ def _check(request: RagGenerate) -> None:
     check_messages(found, [*request.messages, ChatMessage(Role.USER, request.query or "?")])
     check_retrieval(found, request.retrieval)
     check_generation(found, request.parameters)
+    if request.parameters.n != 1:
+        found.add("parameters.n", "must be 1: an answer from documents is one, with its citations")
     found.raise_if_any()

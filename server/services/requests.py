@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
 from server.domain.findings import Finding
-from server.domain.generation import ChatMessage, GenerationParameters
+from server.domain.generation import ChatMessage, GenerationParameters, Priority
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import RetrievalOverrides
@@ -185,6 +185,8 @@ class Generate:
     version: int | None = None
     prompt: str | None = None
     messages: Sequence[ChatMessage] = ()
+    timeout_seconds: float | None = None
+    priority: Priority = Priority.NORMAL
 
 
 @dataclass(frozen=True, slots=True)

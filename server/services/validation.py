@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from server.domain.errors import FieldViolation, InvalidInput
-from server.domain.generation import ChatMessage, GenerationParameters, Role
+from server.domain.generation import ChatMessage, GenerationParameters, OutputConstraint, Role
 from server.domain.retrieval import MAX_CANDIDATES, MetadataFilter, RetrievalOverrides, RetrievalSettings
 
 Number = TypeVar("Number", int, float)
@@ -21,6 +21,12 @@ MAX_PROMPT_CHARACTERS = 2_000_000
 MAX_MESSAGES = 1_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_CHOICES = 16
+MAX_STOP_TOKENS = 64
+MAX_BIASED_TOKENS = 1_024
+MAX_BIAS = 100
+MAX_SCHEMA_CHARACTERS = 100_000
+MAX_REGEX_CHARACTERS = 10_000
 MAX_TOP_K = 1_000
 MAX_CONTEXT_TOKENS = 131_072
 MAX_WEIGHT = 100
@@ -110,6 +116,37 @@ def check_generation(found: Violations, parameters: GenerationParameters, prefix
         if not stop:
             found.add(f"{prefix}stop[{place}]", "must not be empty")
         found.text(f"{prefix}stop[{place}]", stop, MAX_STOP_CHARACTERS)
+    _check_choices(found, parameters, prefix)
+    _check_tokens(found, parameters, prefix)
+    if parameters.constraint is not None:
+        _check_constraint(found, parameters.constraint, f"{prefix}constraint")
+
+
+def _check_choices(found: Violations, parameters: GenerationParameters, prefix: str) -> None:
+    found.number(f"{prefix}n", parameters.n, 1, MAX_CHOICES)
+    if parameters.n > 1 and parameters.temperature == 0:
+        found.add(f"{prefix}n", "must be 1 at temperature 0: all answers would be the same")
+
+
+def _check_tokens(found: Violations, parameters: GenerationParameters, prefix: str) -> None:
+    """Check what names tokens by id; whether a model has them only its engine knows."""
+    if len(parameters.stop_token_ids) > MAX_STOP_TOKENS:
+        found.add(f"{prefix}stop_token_ids", f"must be at most {MAX_STOP_TOKENS}, not {len(parameters.stop_token_ids)}")
+    for place, token_id in enumerate(parameters.stop_token_ids[:MAX_STOP_TOKENS]):
+        found.number(f"{prefix}stop_token_ids[{place}]", token_id, 0, 2**31 - 1)
+    if len(parameters.logit_bias) > MAX_BIASED_TOKENS:
+        found.add(f"{prefix}logit_bias", f"must name at most {MAX_BIASED_TOKENS} tokens, not {len(parameters.logit_bias)}")
+        return
+    for token_id, bias in parameters.logit_bias.items():
+        found.number(f"{prefix}logit_bias", token_id, 0, 2**31 - 1)
+        found.number(f"{prefix}logit_bias[{token_id}]", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_constraint(found: Violations, constraint: OutputConstraint, field: str) -> None:
+    if not constraint.json_schema and not constraint.regex:
+        found.add(field, "must have a json_schema or a regex, and not an empty one")
+    found.text(f"{field}.json_schema", constraint.json_schema, MAX_SCHEMA_CHARACTERS)
+    found.text(f"{field}.regex", constraint.regex, MAX_REGEX_CHARACTERS)
 
 
 def check_messages(found: Violations, messages: Sequence[ChatMessage], *, last: Role = Role.USER) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from server.domain.errors import ResourceExhausted, ServiceError
-from server.domain.generation import FinishReason, GenerationFinished, GenerationParameters
+from server.domain.generation import FinishReason, GenerationFinished, GenerationParameters, Priority
 from server.inference.batching import Batch, BatchLimits, Generation
 from server.inference.library import LoadedModel, LoadingOptions, WeightFiles, load_model
 from server.inference.plans import ServingPlan, Weights
@@ -161,6 +161,16 @@ def test_cancelling_frees_the_place_before_the_next_step(tiny: Callable[[str], P
     for generation, prompt in ((second, prompts[1]), (third, prompts[2])):
         assert said.tokens[generation.request_id] == reference_tokens(tiny("llama"), prompt, 12)
     assert not model.batch.cancel(first.request_id)
+
+
+def test_whoever_waits_long_enough_comes_before_a_higher_priority(tiny: Callable[[str], Path]) -> None:
+    batch = (model := load(tiny("llama"), BatchLimits(max_rows=1, max_waiting=4, cache_tokens=64))).batch
+    old, new, newest = (make_generation(model, [5, 6], 1) for _ in range(3))
+    old.priority, new.priority, newest.priority = Priority.LOW, Priority.HIGH, Priority.NORMAL
+    old.queued_seconds -= 41
+    for generation in (newest, new, old):
+        batch.submit(generation)
+    assert [batch.step()[-1].generation for _ in range(3)] == [old, new, newest]
 
 
 def test_the_cache_bound_makes_requests_wait_and_a_full_queue_refuses(tiny: Callable[[str], Path]) -> None:

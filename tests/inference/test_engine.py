@@ -4,13 +4,15 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, Unavailable
-from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference
+from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference, Priority
 from server.inference import residents
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
@@ -77,6 +79,55 @@ async def test_logprobs_come_for_each_token(engine: EmbeddedEngine) -> None:
     for position in positions:
         assert position.chosen.logprob <= 0
         assert position.chosen == position.top[0], "greedy takes the likeliest"
+
+
+async def test_bias_forbids_and_forces_tokens_and_stop_tokens_end_an_answer(engine: EmbeddedEngine, tiny: Callable[[str], Path]) -> None:
+    free = await collect(engine.generate(ask("Who keeps", max_tokens=9, logprobs=5)))
+    steps = [position for delta in free.deltas for position in delta.logprobs]
+    vocabulary = AutoTokenizer.from_pretrained(tiny("llama")).get_vocab()
+    ids = {name: token_id for name, token_id in vocabulary.items() if name in "abcdefgh"}
+    forced = await collect(engine.generate(ask("Who keeps", max_tokens=5, logit_bias={ids["c"]: 100.0})))
+    assert forced.text == "ccccc"
+    ended = await collect(engine.generate(ask("Who keeps", max_tokens=5, logit_bias={ids["c"]: 100.0}, stop_token_ids=(ids["c"],))))
+    assert (ended.text, ended.end.finish_reason, ended.end.usage.completion_tokens) == ("", FinishReason.STOP_TOKEN, 1)
+    best = steps[0].top[0].token
+    (best_id,) = [token_id for name, token_id in vocabulary.items() if name.replace("Ġ", " ") == best]
+    banned = await collect(engine.generate(ask("Who keeps", max_tokens=1, logit_bias={best_id: -100.0}, logprobs=5)))
+    (position,) = [position for delta in banned.deltas for position in delta.logprobs]
+    assert position.chosen.token == steps[0].top[1].token
+    for parameters in ({"stop_token_ids": (10**6,)}, {"logit_bias": {10**6: 1.0}}):
+        with pytest.raises(InvalidInput) as refused:
+            await collect(engine.generate(ask("Who keeps", **parameters)))
+        assert refused.value.reason == "TOKEN_UNKNOWN"
+
+
+async def test_a_high_priority_overtakes_and_a_low_one_waits(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, BatchLimits(max_rows=1, max_waiting=16, cache_tokens=600))
+    engine.start()
+    first = engine.generate(ask("The river", max_tokens=480))
+    await anext(first)
+    ended: list[str] = []
+
+    async def run(name: str, priority: Priority) -> None:
+        await collect(engine.generate(replace(ask("A question", max_tokens=2), priority=priority)))
+        ended.append(name)
+
+    tasks: list[asyncio.Task[None]] = []
+    for name, priority in (("low", Priority.LOW), ("normal", Priority.NORMAL), ("high", Priority.HIGH)):
+        tasks.append(asyncio.create_task(run(name, priority)))
+        while (await engine.describe()).models[0].waiting_requests < len(tasks):  # noqa: ASYNC110  # polled, as a caller would
+            await asyncio.sleep(0.001)
+    await first.aclose()
+    await asyncio.gather(*tasks)
+    assert ended == ["high", "normal", "low"]
+    await engine.stop()
+
+
+async def test_the_answer_tells_how_long_loading_took(engine: EmbeddedEngine, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    make_version(tmp_path, "one", tiny("llama"), "lora")
+    cold, warm = [(await collect(engine.generate(ask("The river", adapter="one")))).end.timings for _ in range(2)]
+    assert min(cold.load_seconds, cold.adapter_load_seconds) > 5 * max(warm.load_seconds, warm.adapter_load_seconds)
+    assert cold.load_seconds + cold.adapter_load_seconds + cold.queue_seconds <= cold.first_token_seconds
 
 
 async def test_a_prompt_over_the_context_is_refused_with_both_figures(engine: EmbeddedEngine) -> None:

@@ -24,21 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!modeltraining/v1/generation.proto\x12\x10modeltraining.v1\"\xb2\x03\n\x14GenerationParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x11\n\x04seed\x18\n \x01(\x05H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\t\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"^\n\x11GenerationTimings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\"\x9f\x01\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12@\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32*.modeltraining.v1.TokenLogprob.Alternative\x1a-\n\x0b\x41lternative\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!modeltraining/v1/generation.proto\x12\x10modeltraining.v1\"\x95\x05\n\x14GenerationParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x11\n\x04seed\x18\n \x01(\x05H\x08\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\t\x88\x01\x01\x12\x0e\n\x01n\x18\x0c \x01(\x05H\n\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\r \x03(\x05\x12I\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x35.modeltraining.v1.GenerationParameters.LogitBiasEntry\x12\x36\n\nconstraint\x18\x0f \x01(\x0b\x32\".modeltraining.v1.OutputConstraint\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_n\"B\n\x10OutputConstraint\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x42\x06\n\x04\x66orm\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x92\x01\n\x11GenerationTimings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x1b\n\x13\x66irst_token_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x04 \x01(\x01\x12\x1c\n\x14\x61\x64\x61pter_load_seconds\x18\x05 \x01(\x01\"\x9f\x01\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12@\n\x0c\x61lternatives\x18\x03 \x03(\x0b\x32*.modeltraining.v1.TokenLogprob.Alternative\x1a-\n\x0b\x41lternative\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GENERATIONPARAMETERS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATIONPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_PRIORITY']._serialized_start=1157
+  _globals['_PRIORITY']._serialized_end=1251
   _globals['_GENERATIONPARAMETERS']._serialized_start=56
-  _globals['_GENERATIONPARAMETERS']._serialized_end=490
-  _globals['_USAGE']._serialized_start=492
-  _globals['_USAGE']._serialized_end=549
-  _globals['_GENERATIONTIMINGS']._serialized_start=551
-  _globals['_GENERATIONTIMINGS']._serialized_end=645
-  _globals['_TOKENLOGPROB']._serialized_start=648
-  _globals['_TOKENLOGPROB']._serialized_end=807
-  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_start=762
-  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_end=807
+  _globals['_GENERATIONPARAMETERS']._serialized_end=717
+  _globals['_GENERATIONPARAMETERS_LOGITBIASENTRY']._serialized_start=514
+  _globals['_GENERATIONPARAMETERS_LOGITBIASENTRY']._serialized_end=562
+  _globals['_OUTPUTCONSTRAINT']._serialized_start=719
+  _globals['_OUTPUTCONSTRAINT']._serialized_end=785
+  _globals['_USAGE']._serialized_start=787
+  _globals['_USAGE']._serialized_end=844
+  _globals['_GENERATIONTIMINGS']._serialized_start=847
+  _globals['_GENERATIONTIMINGS']._serialized_end=993
+  _globals['_TOKENLOGPROB']._serialized_start=996
+  _globals['_TOKENLOGPROB']._serialized_end=1155
+  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_start=1110
+  _globals['_TOKENLOGPROB_ALTERNATIVE']._serialized_end=1155
 # @@protoc_insertion_point(module_scope)

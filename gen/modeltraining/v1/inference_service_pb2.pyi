@@ -35,12 +35,20 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model to generate with: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
     version: _builtins.int
     """Version of a fine-tuned model, from 1. Default: the one that serves. Not allowed with a base model."""
     prompt: _builtins.str
     """A text that the model continues as it is, without a chat template. Exactly one of `prompt` and `messages` is given."""
+    timeout_seconds: _builtins.float
+    """Longest time from arrival to the end, loading included, seconds, above 0, at most 86400; then DEADLINE_EXCEEDED. Unset: no limit of
+    its own; a gRPC deadline holds in any case.
+    """
+    priority: _generation_pb2.Priority.ValueType
+    """Who comes first where generations wait for a place. Default NORMAL."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """A conversation, rendered by the model's chat template; the last turn is the user's. Exactly one of `prompt` and `messages` is given."""
@@ -57,17 +65,23 @@ class GenerateRequest(_message.Message):
         prompt: _builtins.str | None = ...,
         messages: _abc.Iterable[_message_pb2.Message] | None = ...,
         parameters: _generation_pb2.GenerationParameters | None = ...,
+        timeout_seconds: _builtins.float | None = ...,
+        priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
@@ -93,6 +107,8 @@ class GenerateResponse(_message.Message):
         """`max_tokens` or the end of the context was reached."""
         FINISH_REASON_STOP_STRING: GenerateResponse._FinishReason.ValueType  # 3
         """One of the `stop` strings was reached."""
+        FINISH_REASON_STOP_TOKEN: GenerateResponse._FinishReason.ValueType  # 4
+        """One of the `stop_token_ids` was reached."""
 
     class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
         """Why generation ended."""
@@ -105,6 +121,50 @@ class GenerateResponse(_message.Message):
     """`max_tokens` or the end of the context was reached."""
     FINISH_REASON_STOP_STRING: GenerateResponse.FinishReason.ValueType  # 3
     """One of the `stop` strings was reached."""
+    FINISH_REASON_STOP_TOKEN: GenerateResponse.FinishReason.ValueType  # 4
+    """One of the `stop_token_ids` was reached."""
+
+    @_typing.final
+    class Choice(_message.Message):
+        """One of several answers to the same prompt."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INDEX_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        FINISH_REASON_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
+        COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+        LOGPROBS_FIELD_NUMBER: _builtins.int
+        index: _builtins.int
+        """Its number, from 0."""
+        text: _builtins.str
+        """The text, without the end token and the stop string."""
+        finish_reason: Global___GenerateResponse.FinishReason.ValueType
+        """Why it ended."""
+        seed: _builtins.int
+        """The seed that it was sampled with."""
+        completion_tokens: _builtins.int
+        """Tokens generated, the end token included."""
+        @_builtins.property
+        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
+            """Log-probabilities of its tokens, in order. Empty unless asked for."""
+
+        def __init__(
+            self,
+            *,
+            index: _builtins.int = ...,
+            text: _builtins.str = ...,
+            finish_reason: Global___GenerateResponse.FinishReason.ValueType = ...,
+            seed: _builtins.int = ...,
+            completion_tokens: _builtins.int = ...,
+            logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "seed", b"seed", "text", b"text"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TEXT_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
@@ -114,6 +174,7 @@ class GenerateResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text, without the end token and the stop string."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -136,6 +197,10 @@ class GenerateResponse(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """Log-probabilities of the generated tokens, in order. Empty unless asked for."""
 
+    @_builtins.property
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateResponse.Choice]:
+        """All answers where `n` is above 1, the first too, which also stands above. Empty: there is one."""
+
     def __init__(
         self,
         *,
@@ -147,10 +212,11 @@ class GenerateResponse(_message.Message):
         timings: _generation_pb2.GenerationTimings | None = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
         seed: _builtins.int = ...,
+        choices: _abc.Iterable[Global___GenerateResponse.Choice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "choices", b"choices", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -166,8 +232,11 @@ class Delta(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The next characters, whole ones."""
+    choice: _builtins.int
+    """Number of the answer that it belongs to, from 0; above 0 only where `n` is above 1."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprob]:
         """Log-probabilities of the tokens in this piece. Empty unless asked for."""
@@ -177,10 +246,11 @@ class Delta(_message.Message):
         *,
         text: _builtins.str = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        choice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "logprobs", b"logprobs", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,12 +284,20 @@ class StreamGenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model to generate with: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
     version: _builtins.int
     """Version of a fine-tuned model, from 1. Default: the one that serves. Not allowed with a base model."""
     prompt: _builtins.str
     """A text that the model continues as it is, without a chat template. Exactly one of `prompt` and `messages` is given."""
+    timeout_seconds: _builtins.float
+    """Longest time from arrival to the end, loading included, seconds, above 0, at most 86400; then DEADLINE_EXCEEDED. Unset: no limit of
+    its own; a gRPC deadline holds in any case.
+    """
+    priority: _generation_pb2.Priority.ValueType
+    """Who comes first where generations wait for a place. Default NORMAL."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """A conversation, rendered by the model's chat template; the last turn is the user's. Exactly one of `prompt` and `messages` is given."""
@@ -236,17 +314,23 @@ class StreamGenerateRequest(_message.Message):
         prompt: _builtins.str | None = ...,
         messages: _abc.Iterable[_message_pb2.Message] | None = ...,
         parameters: _generation_pb2.GenerationParameters | None = ...,
+        timeout_seconds: _builtins.float | None = ...,
+        priority: _generation_pb2.Priority.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
@@ -257,6 +341,38 @@ class StreamGenerateResponse(_message.Message):
     """One message of a streamed generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ChoiceEnd(_message.Message):
+        """How one of several answers ended."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INDEX_FIELD_NUMBER: _builtins.int
+        FINISH_REASON_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
+        COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+        index: _builtins.int
+        """Its number, from 0."""
+        finish_reason: Global___GenerateResponse.FinishReason.ValueType
+        """Why it ended."""
+        seed: _builtins.int
+        """The seed that it was sampled with."""
+        completion_tokens: _builtins.int
+        """Tokens generated, the end token included."""
+        def __init__(
+            self,
+            *,
+            index: _builtins.int = ...,
+            finish_reason: Global___GenerateResponse.FinishReason.ValueType = ...,
+            seed: _builtins.int = ...,
+            completion_tokens: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "finish_reason", b"finish_reason", "index", b"index", "seed", b"seed"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Finished(_message.Message):
@@ -270,6 +386,7 @@ class StreamGenerateResponse(_message.Message):
         VERSION_FIELD_NUMBER: _builtins.int
         TIMINGS_FIELD_NUMBER: _builtins.int
         SEED_FIELD_NUMBER: _builtins.int
+        CHOICES_FIELD_NUMBER: _builtins.int
         finish_reason: Global___GenerateResponse.FinishReason.ValueType
         """Why it ended."""
         model_id: _builtins.str
@@ -286,6 +403,10 @@ class StreamGenerateResponse(_message.Message):
         def timings(self) -> _generation_pb2.GenerationTimings:
             """How long it took."""
 
+        @_builtins.property
+        def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamGenerateResponse.ChoiceEnd]:
+            """How each answer ended where `n` is above 1; the first one's end also stands above. Empty: there is one."""
+
         def __init__(
             self,
             *,
@@ -295,10 +416,11 @@ class StreamGenerateResponse(_message.Message):
             version: _builtins.int | None = ...,
             timings: _generation_pb2.GenerationTimings | None = ...,
             seed: _builtins.int = ...,
+            choices: _abc.Iterable[Global___StreamGenerateResponse.ChoiceEnd] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "finish_reason", b"finish_reason", "model_id", b"model_id", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "choices", b"choices", "finish_reason", b"finish_reason", "model_id", b"model_id", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
         _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015

@@ -4,19 +4,21 @@ from collections.abc import Iterable, Sequence
 
 from modeltraining.v1 import generation_pb2, inference_service_pb2, message_pb2
 
-from server.api.mappers.values import enum_to_proto
+from server.api.mappers.values import enum_from_proto, enum_to_proto
 from server.domain.generation import (
     ChatMessage,
     Delta,
     GenerationFinished,
     GenerationParameters,
     ModelReference,
+    OutputConstraint,
     PositionLogprobs,
+    Priority,
     Role,
     Timings,
     TokenUsage,
 )
-from server.services.inference_service import Generation
+from server.services.generating import AnswerFinished, Choice, Generation
 from server.services.requests import Generate
 from server.services.validation import Violations
 
@@ -34,6 +36,8 @@ def generate_from_proto(message: GenerateMessage, found: Violations) -> Generate
         version=message.version if message.HasField("version") else None,
         prompt=message.prompt if message.HasField("prompt") else None,
         messages=messages_from_proto(message.messages, found),
+        timeout_seconds=message.timeout_seconds if message.HasField("timeout_seconds") else None,
+        priority=enum_from_proto(generation_pb2.Priority, "PRIORITY", message.priority, Priority, found, "priority") or Priority.NORMAL,
     )
 
 
@@ -65,37 +69,73 @@ def parameters_from_proto(message: generation_pb2.GenerationParameters) -> Gener
         stop=tuple(message.stop),
         seed=message.seed if message.HasField("seed") else None,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
+        n=message.n if message.HasField("n") else default.n,
+        stop_token_ids=tuple(message.stop_token_ids),
+        logit_bias=dict(message.logit_bias),
+        constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
     )
+
+
+def constraint_from_proto(message: generation_pb2.OutputConstraint) -> OutputConstraint:
+    """Read a form; one without any is refused by the checks."""
+    return OutputConstraint(message.json_schema, message.regex)
 
 
 def generation_to_proto(generation: Generation) -> inference_service_pb2.GenerateResponse:
-    """Write a whole answer."""
+    """Write a whole answer, or several."""
+    first, finished = generation.choices[0], generation.finished
     return inference_service_pb2.GenerateResponse(
-        text=generation.text,
-        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", generation.finish_reason),
-        usage=usage_to_proto(generation.usage),
+        text=first.text,
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", first.finished.finish_reason),
+        usage=usage_to_proto(finished.usage),
         model_id=generation.model.model_id,
         version=generation.model.version,
-        timings=timings_to_proto(generation.timings),
-        logprobs=[logprobs_to_proto(position) for position in generation.logprobs],
-        seed=generation.seed,
+        timings=timings_to_proto(finished.timings),
+        logprobs=[logprobs_to_proto(position) for position in first.logprobs],
+        seed=first.finished.seed,
+        choices=[choice_to_proto(place, choice) for place, choice in enumerate(generation.choices)] if len(generation.choices) > 1 else [],
     )
 
 
-def delta_to_proto(delta: Delta) -> inference_service_pb2.Delta:
+def choice_to_proto(index: int, choice: Choice) -> inference_service_pb2.GenerateResponse.Choice:
+    """Write one of several answers."""
+    return inference_service_pb2.GenerateResponse.Choice(
+        index=index,
+        text=choice.text,
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", choice.finished.finish_reason),
+        seed=choice.finished.seed,
+        completion_tokens=choice.finished.usage.completion_tokens,
+        logprobs=[logprobs_to_proto(position) for position in choice.logprobs],
+    )
+
+
+def delta_to_proto(delta: Delta, choice: int = 0) -> inference_service_pb2.Delta:
     """Write a piece of text."""
-    return inference_service_pb2.Delta(text=delta.text, logprobs=[logprobs_to_proto(position) for position in delta.logprobs])
+    logprobs = [logprobs_to_proto(position) for position in delta.logprobs]
+    return inference_service_pb2.Delta(text=delta.text, logprobs=logprobs, choice=choice)
 
 
-def finished_to_proto(finished: GenerationFinished, model: ModelReference) -> inference_service_pb2.StreamGenerateResponse.Finished:
-    """Write the end of a streamed answer."""
+def finished_to_proto(finished: AnswerFinished, model: ModelReference) -> inference_service_pb2.StreamGenerateResponse.Finished:
+    """Write the end of a streamed answer, or of several."""
+    first = finished.choices[0]
     return inference_service_pb2.StreamGenerateResponse.Finished(
-        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", finished.finish_reason),
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", first.finish_reason),
         usage=usage_to_proto(finished.usage),
         model_id=model.model_id,
         version=model.version,
         timings=timings_to_proto(finished.timings),
-        seed=finished.seed,
+        seed=first.seed,
+        choices=[choice_end_to_proto(place, end) for place, end in enumerate(finished.choices)] if len(finished.choices) > 1 else [],
+    )
+
+
+def choice_end_to_proto(index: int, end: GenerationFinished) -> inference_service_pb2.StreamGenerateResponse.ChoiceEnd:
+    """Write how one of several answers ended."""
+    return inference_service_pb2.StreamGenerateResponse.ChoiceEnd(
+        index=index,
+        finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", end.finish_reason),
+        seed=end.seed,
+        completion_tokens=end.usage.completion_tokens,
     )
 
 
@@ -107,7 +147,11 @@ def usage_to_proto(usage: TokenUsage) -> generation_pb2.Usage:
 def timings_to_proto(timings: Timings) -> generation_pb2.GenerationTimings:
     """Write how long a generation took."""
     return generation_pb2.GenerationTimings(
-        queue_seconds=timings.queue_seconds, first_token_seconds=timings.first_token_seconds, total_seconds=timings.total_seconds
+        queue_seconds=timings.queue_seconds,
+        first_token_seconds=timings.first_token_seconds,
+        total_seconds=timings.total_seconds,
+        load_seconds=timings.load_seconds,
+        adapter_load_seconds=timings.adapter_load_seconds,
     )
 
 
