@@ -23,9 +23,10 @@ from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationParameters, GenerationRequest, ModelReference
 from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
-from server.inference.batching import Batch, BatchLimits, Generation
+from server.inference.batching import Batch, BatchLimits
 from server.inference.constraints import FormReader
 from server.inference.decoder import Decoder
+from server.inference.generations import Generation
 from server.inference.lora import NamedAdapter
 from server.inference.plans import Addition, Opened, ServingPlan, VersionFiles, Weights
 from server.inference.sampling import SamplingState

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from server.domain.errors import ServiceError, Unavailable
 from server.domain.generation import Delta, TokenEvent
-from server.inference.batching import Batch, Generation, Output
+from server.inference.batching import Batch, Output
+from server.inference.generations import Generation
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

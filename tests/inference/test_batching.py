@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from server.domain.errors import ResourceExhausted, ServiceError
 from server.domain.generation import FinishReason, GenerationFinished, GenerationParameters, Priority
-from server.inference.batching import Batch, BatchLimits, Generation
+from server.inference.batching import Batch, BatchLimits
+from server.inference.generations import Generation
 from server.inference.library import LoadedModel, LoadingOptions, WeightFiles, load_model
 from server.inference.plans import ServingPlan, Weights
 from server.inference.sampling import SamplingState
