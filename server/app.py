@@ -88,6 +88,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.inference.client import EngineClient
     from server.launcher.machine import measure_machine
     from server.services.datasets import Datasets
+    from server.services.documents import Documents
     from server.services.estimating import Estimator
     from server.services.fine_tuning import FineTuning
     from server.services.inference_service import InferenceService
@@ -111,13 +112,14 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     base_models = _make_source(settings)
     sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": {"token": settings.hub_token}})
     datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
+    documents = Documents(database, files, settings.max_document_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
     estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
     retrieval = Retrieval(database, engine)
     references = References(database, base_models)
     services = Services(
-        models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models)),
+        models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models), documents),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
         versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
@@ -237,8 +239,15 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
         elif isinstance(order, IndexOrder) and role == "index":
             from server.rag.embedding import Embedder
             from server.rag.index_child import run_index
+            from server.rag.parsing.document import Limits
 
-            run_index(order, settings.storage_path, Embedder(lambda name: source.resolve(name).directory), emit, signals.should_stop)
+            files = _open_files(settings)
+            embedder = Embedder(lambda name: source.resolve(name).directory)
+            limits = Limits(file_bytes=settings.max_document_bytes)
+            run_index(
+                order, settings.storage_path, embedder, emit, signals.should_stop,
+                fetch=lambda path: asyncio.run(files.fetch(path)), limits=limits,
+            )  # fmt: skip
         else:
             raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 

@@ -163,11 +163,14 @@ class Settings:
     max_dataset_bytes: int = _variable(
         "MAX_DATASET_BYTES", _integer(1, 1 << 40), str(2 << 30), "Largest dataset that may be uploaded, in bytes."
     )
+    max_document_bytes: int = _variable(
+        "MAX_DOCUMENT_BYTES", _integer(1, 1 << 30), str(100 << 20), "Largest file that may be uploaded or imported as a document, in bytes."
+    )
     dataset_import_roots: tuple[str, ...] | None = _variable(
         "DATASET_IMPORT_ROOTS",
         _import_roots,
         "",
-        "Places (separated by spaces or commas) below which datasets may be imported: directories, s3://…, gs://…, hf://…; unset: none.",
+        "Places (between spaces or commas) below which files may be imported: directories, s3://…, gs://…, hf://…; unset: none.",
     )
     max_concurrent_generations: int = _variable(
         "MAX_CONCURRENT_GENERATIONS", _integer(1, 1024), "16", "Generations that the engine computes together."

@@ -2,7 +2,7 @@
 # ruff: noqa: N802  # methods are named as their RPCs are
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
 
 from server.api.decoding import page_from_proto, refuse_all_bad
 from server.api.mappers.catalogue import base_model_to_proto, embedding_model_to_proto
-from server.api.mappers.documents import add_documents_from_proto, document_to_proto, list_documents_from_proto
+from server.api.mappers.documents import add_documents_from_proto, document_to_proto, list_documents_from_proto, upload_document_from_proto
 from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.models import (
@@ -170,6 +170,16 @@ class ModelServicer(ModelServiceServicer):
         await refuse_all_bad(found, lambda: self._service.create_rag_model(self._organization, trial))
         return rag_created_to_proto(await self._service.create_rag_model(self._organization, wanted))
 
+    async def UploadDocument(
+        self, request_iterator: AsyncIterator[pb.UploadDocumentRequest], context: Context[pb.UploadDocumentRequest, document_pb2.Document]
+    ) -> document_pb2.Document:
+        """Store a file as it comes."""
+        first = await anext(request_iterator, pb.UploadDocumentRequest())
+        found = Violations()
+        wanted = upload_document_from_proto(first, found)
+        found.raise_if_any()
+        return document_to_proto(await self._service.documents.upload(self._organization, wanted, _read_data(first, request_iterator)))
+
     async def AddDocuments(
         self, request: pb.AddDocumentsRequest, context: Context[pb.AddDocumentsRequest, pb.AddDocumentsResponse]
     ) -> pb.AddDocumentsResponse:
@@ -177,9 +187,10 @@ class ModelServicer(ModelServiceServicer):
         found = Violations()
         wanted = add_documents_from_proto(request, found)
         trial = replace(wanted, validate_only=True, request_id="")
-        await refuse_all_bad(found, lambda: self._service.add_documents(self._organization, trial))
-        documents, job = await self._service.add_documents(self._organization, wanted)
-        return pb.AddDocumentsResponse(documents=[document_to_proto(document) for document in documents], training_job=job_to_proto(job))
+        await refuse_all_bad(found, lambda: self._service.documents.add(self._organization, trial))
+        documents, job = await self._service.documents.add(self._organization, wanted)
+        added = [document_to_proto(document) for document in documents]
+        return pb.AddDocumentsResponse(documents=added, training_job=job_to_proto(job) if job else None)
 
     async def ListDocuments(
         self, request: pb.ListDocumentsRequest, context: Context[pb.ListDocumentsRequest, pb.ListDocumentsResponse]
@@ -188,7 +199,7 @@ class ModelServicer(ModelServiceServicer):
         found = Violations()
         wanted = list_documents_from_proto(request, found)
         found.raise_if_any()
-        listed = await self._service.list_documents(self._organization, wanted)
+        listed = await self._service.documents.list(self._organization, wanted)
         documents = [document_to_proto(document) for document in listed.items]
         return pb.ListDocumentsResponse(documents=documents, next_page_token=listed.next_page_token)
 
@@ -196,11 +207,11 @@ class ModelServicer(ModelServiceServicer):
         self, request: pb.GetDocumentRequest, context: Context[pb.GetDocumentRequest, document_pb2.Document]
     ) -> document_pb2.Document:
         """Read a document."""
-        return document_to_proto(await self._service.get_document(self._organization, request.model_id, request.document_id))
+        return document_to_proto(await self._service.documents.get(self._organization, request.model_id, request.document_id))
 
     async def DeleteDocument(self, request: pb.DeleteDocumentRequest, context: Context[pb.DeleteDocumentRequest, Empty]) -> Empty:
         """Delete a document."""
-        await self._service.delete_document(self._organization, request.model_id, request.document_id)
+        await self._service.documents.delete(self._organization, request.model_id, request.document_id)
         return Empty()
 
     async def ListBaseModels(
@@ -218,3 +229,10 @@ class ModelServicer(ModelServiceServicer):
         listed = await asyncio.to_thread(self._service.list_embedding_models, page_from_proto(request))
         models = [embedding_model_to_proto(model, is_present) for model, is_present in listed.items]
         return pb.ListEmbeddingModelsResponse(embedding_models=models, next_page_token=listed.next_page_token)
+
+
+async def _read_data(first: pb.UploadDocumentRequest, rest: AsyncIterator[pb.UploadDocumentRequest]) -> AsyncIterator[bytes]:
+    """Give the bytes of each message."""
+    yield first.data.data
+    async for message in rest:
+        yield message.data.data

@@ -13,7 +13,8 @@ from server.db.failures import ValueNotStorable, translate_failure
 from server.db.jobs import PostgresJobs
 from server.db.models import PostgresModels
 from server.db.requests import PostgresRequests
-from server.services.ports import Datasets, Documents, Jobs, Models, Requests
+from server.db.staging import PostgresStagedDocuments
+from server.services.ports import Datasets, Documents, Jobs, Models, Requests, StagedDocuments
 
 DEFAULT_POOL_SIZE = 10
 POOL_TIMEOUT_SECONDS = 10.0
@@ -36,6 +37,7 @@ class PostgresTransaction:
         self.jobs: Jobs = PostgresJobs(connection, organization)
         self.datasets: Datasets = PostgresDatasets(connection, organization)
         self.documents: Documents = PostgresDocuments(connection, organization)
+        self.staged: StagedDocuments = PostgresStagedDocuments(connection, organization)
         self.requests: Requests = PostgresRequests(connection, organization)
 
 

@@ -24,8 +24,9 @@ from sqlalchemy.dialects.postgresql import ARRAY
 
 from server.db.columns import HalfVector, SparseVector, identifier, json, metadata, number, size, string, time
 
-# A partial index's predicate, as a literal: with a bound value a generic plan could not use the index.
-IS_PENDING = literal_column("state = 'PENDING'", Boolean)
+# The predicates of partial indexes, as literals: with a bound value a generic plan could not use the index.
+HAS_SOURCE = literal_column("source_uri <> ''", Boolean)
+HAS_ORIGINAL = literal_column("original_sha256 <> ''", Boolean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,29 @@ documents = Table(
     number("chunk_count"),
     string("error"),
     time("create_time"),
+    identifier("job_id"),
+    # Of the latest content given, and of the one that is stored here; 0: none was indexed.
+    number("revision"),
+    number("content_revision"),
+    # The file that the text was read from; empty: it was given as text.
+    string("path"),
+    string("format"),
+    size("original_size_bytes"),
+    string("original_sha256"),
+    number("page_count"),
+    # What chunks are cut by, besides the text: kept for other indexes.
+    json("page_starts"),
+    json("headings"),
+    json("warnings"),
+    string("error_reason"),
+    time("update_time", nullable=True),
     PrimaryKeyConstraint("organization", "model_id", "document_id"),
     ForeignKeyConstraint(
         ["organization", "model_id"], ["models.organization", "models.model_id"], name="documents_of_model", ondelete="CASCADE"
     ),
-    Index("documents_pending", "organization", "model_id", "document_id", postgresql_where=IS_PENDING),
+    # Sources may be longer than what an index takes.
+    Index("documents_by_source", "organization", "model_id", literal_column("md5(source_uri)"), postgresql_where=HAS_SOURCE),
+    Index("documents_by_original", "organization", "model_id", "original_sha256", postgresql_where=HAS_ORIGINAL),
 )
 
 
@@ -106,6 +125,26 @@ def _of_document(name: str) -> ForeignKeyConstraint:
         ondelete="CASCADE",
     )
 
+
+# Contents that wait to be indexed: at most one of a document, the latest that was given.
+staged_documents = Table(
+    "staged_documents",
+    metadata,
+    identifier("organization"),
+    identifier("model_id"),
+    identifier("document_id"),
+    number("revision"),
+    string("title"),
+    string("source_uri"),
+    json("metadata"),
+    # One of the two is empty.
+    string("text"),
+    string("path"),
+    size("size_bytes"),
+    string("sha256"),
+    PrimaryKeyConstraint("organization", "model_id", "document_id"),
+    _of_document("staged_documents_of_document"),
+)
 
 # Chunks are keyed by document first: a document goes with its chunks in every index, found by the beginning of the key.
 chunks = Table(
@@ -122,6 +161,9 @@ chunks = Table(
     number("token_count"),
     number("page", nullable=True),
     number("index_number"),
+    Column("heading_path", ARRAY(Text), nullable=False),
+    # Empty: cut before hashes were kept.
+    string("content_hash"),
     PrimaryKeyConstraint("organization", "model_id", "document_id", "index_number", "position"),
     _of_document("chunks_of_document"),
 )

@@ -1,8 +1,6 @@
 """Rows of documents with their texts, chunks, vectors and terms, and the search over them."""
 
-import hashlib
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,20 +9,21 @@ from sqlalchemy import ColumnElement, Row, delete, func, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.document_tables import IndexKey, chunk_vectors, chunks, documents, rag_indexes
+from server.db.document_commits import WARNINGS, describe_text
+from server.db.document_tables import IndexKey, documents, rag_indexes, staged_documents
 from server.db.quotes import find_quotes
 from server.db.search import build_search
-from server.db.terms import delete_terms, insert_terms
-from server.domain.documents import Document, DocumentState, NewDocument
+from server.db.staging import insert_staged, same_document
+from server.db.terms import delete_terms
+from server.domain.documents import DOCUMENT_INVALID, Document, DocumentFormat, DocumentState, NewDocument
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
 from server.domain.ids import DOCUMENT, MODEL, is_id
 from server.domain.retrieval import Chunk, RetrievedChunk, Scores, Search
 from server.domain.retrieval_evaluation import Span
-from server.services.ports import Page
+from server.services.ports import DocumentOriginal, Page
 
-FLOAT16_BYTES = 2
 DATA_EXCEPTION = "22000"  # pgvector: the dimensions differ
-_LISTED = [column for column in documents.c if column.name != "text"]
+_LISTED = [column for column in documents.c if column.name not in ("text", "page_starts", "headings")]
 
 
 class PostgresDocuments:
@@ -34,18 +33,21 @@ class PostgresDocuments:
         self._connection = connection
         self._organization = organization
 
-    async def insert(self, model_id: str, new: Sequence[tuple[str, NewDocument]]) -> Sequence[Document]:
-        """Add PENDING documents under the given new ids. Raises NotFound where there is no such model."""
+    async def insert(self, model_id: str, new: Sequence[tuple[str, NewDocument]], job_id: str = "") -> Sequence[Document]:
+        """Add PENDING documents under the given new ids; their contents wait for a job. Raises NotFound where there is no such model."""
         if not is_id(model_id, MODEL):
             raise NotFound.of("model", model_id)
         if not new:
             return []
-        rows = [{"organization": self._organization, "model_id": model_id, "document_id": each} | _describe(what) for each, what in new]
+        key = {"organization": self._organization, "model_id": model_id, "job_id": job_id}
+        rows = [key | {"document_id": each} | _describe(what) for each, what in new]
         statement = insert(documents).values(create_time=func.clock_timestamp()).returning(*_LISTED, sort_by_parameter_order=True)
         try:
-            return [document_from_row(row) for row in await self._connection.execute(statement, rows)]
+            added = [document_from_row(row) for row in await self._connection.execute(statement, rows)]
         except IntegrityError as error:
             raise NotFound.of("model", model_id) from error
+        await insert_staged(self._connection, self._organization, model_id, new)
+        return added
 
     async def get(self, model_id: str, document_id: str) -> Document:
         """Read a document without its text. Raises NotFound."""
@@ -65,18 +67,44 @@ class PostgresDocuments:
         query = select(*_LISTED).where(*conditions).order_by(documents.c.document_id.desc()).limit(page.size)
         return [document_from_row(row) for row in await self._connection.execute(query)]
 
-    async def delete(self, model_id: str, document_id: str) -> None:
-        """Remove a document with its chunks, vectors and terms, at once. Raises NotFound."""
+    async def get_original(self, model_id: str, document_id: str) -> DocumentOriginal:
+        """Read what a document was given as: the content that is found, else the one that waits. Raises NotFound."""
+        mine = self._own(model_id, document_id)
+        columns = (documents.c.text, documents.c.path, documents.c.format, documents.c.original_sha256)
+        joined = documents.outerjoin(staged_documents, same_document())
+        query = select(*columns, staged_documents.c.path.label("staged_path")).select_from(joined).where(*mine)
+        row = (await self._connection.execute(query)).one_or_none()
+        if row is None:
+            raise NotFound.of("document", document_id)
+        return DocumentOriginal(row.text, row.path or row.staged_path or "", DocumentFormat(row.format) if row.format else None)
+
+    async def get_text(self, model_id: str, document_id: str) -> str:
+        """Read the text that is cited; empty while a file was not read yet. Raises NotFound."""
+        text: str | None = await self._connection.scalar(select(documents.c.text).where(*self._own(model_id, document_id)))
+        if text is None:
+            raise NotFound.of("document", document_id)
+        return text
+
+    async def delete(self, model_id: str, document_id: str) -> Sequence[str]:
+        """Remove a document with its chunks, vectors and terms, at once; give its files, for others to remove. Raises NotFound."""
         mine = self._own(model_id, document_id)
         # Locked first: a job that writes its chunks meanwhile would leave their terms counted.
-        if await self._connection.scalar(select(documents.c.document_id).where(*mine).with_for_update()) is None:
+        path = await self._connection.scalar(select(documents.c.path).where(*mine).with_for_update())
+        if path is None:
             raise NotFound.of("document", document_id)
+        waiting = select(staged_documents.c.path).where(
+            staged_documents.c.organization == self._organization,
+            staged_documents.c.model_id == model_id,
+            staged_documents.c.document_id == document_id,
+        )
+        paths = [path, *(await self._connection.scalars(waiting)).all()]
         numbers = select(rag_indexes.c.index_number).where(
             rag_indexes.c.organization == self._organization, rag_indexes.c.model_id == model_id
         )
         for number in (await self._connection.scalars(numbers.order_by(rag_indexes.c.index_number))).all():
             await delete_terms(self._connection, IndexKey(self._organization, model_id, number), document_id)
         await self._connection.execute(delete(documents).where(*mine))
+        return [each for each in paths if each]
 
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
         """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared.
@@ -126,30 +154,6 @@ class PostgresDocuments:
         return documents.c.organization == self._organization, documents.c.model_id == model_id, documents.c.document_id == document_id
 
 
-async def replace_chunks(
-    connection: AsyncConnection, index: IndexKey, document_id: str, new: Sequence[Chunk], vectors: bytes, dimension: int
-) -> None:
-    """Write a document's chunks in an index, their terms and vectors (little-endian float16, [chunks, dimension]) in place of those it had.
-
-    Raises InvalidInput.
-    """
-    if len(vectors) != len(new) * dimension * FLOAT16_BYTES or (new and dimension < 1):
-        raise InvalidInput(f"{len(vectors)} bytes are not {len(new)} vectors of {dimension} float16 numbers.")
-    await delete_terms(connection, index, document_id)
-    for table in (chunk_vectors, chunks):
-        await connection.execute(delete(table).where(*index.rows_of(table), table.c.document_id == document_id))
-    if not new:
-        return
-    key = index.columns | {"document_id": document_id}
-    await connection.execute(insert(chunks), [key | _describe_chunk(chunk) for chunk in new])
-    rows = struct.iter_unpack(f"<{dimension}e", vectors)
-    embedded = [
-        key | {"position": chunk.position, "embedding": f"[{','.join(map(repr, row))}]"} for chunk, row in zip(new, rows, strict=True)
-    ]
-    await connection.execute(insert(chunk_vectors), embedded)
-    await insert_terms(connection, index, document_id, new)
-
-
 def document_from_row(row: Row[Any]) -> Document:
     """Read a row of `documents` without its text."""
     return Document(
@@ -165,37 +169,44 @@ def document_from_row(row: Row[Any]) -> Document:
         source_uri=row.source_uri,
         chunk_count=row.chunk_count,
         error=row.error,
+        error_reason=row.error_reason or DOCUMENT_INVALID,
+        job_id=row.job_id,
+        format=DocumentFormat(row.format) if row.format else None,
+        page_count=row.page_count,
+        warnings=WARNINGS.from_json(row.warnings),
+        update_time=row.update_time,
+        update_pending=row.state == DocumentState.INDEXED and row.revision != row.content_revision and not row.error,
+        original_size_bytes=row.original_size_bytes,
+        original_sha256=row.original_sha256,
     )
 
 
 def _describe(new: NewDocument) -> dict[str, Any]:
-    data = new.text.encode()
+    """Give the columns of a new document, but for its key. A file's text is not known yet."""
+    nothing = {"size_characters": 0, "size_bytes": 0, "content_sha256": ""}
     return {
         "title": new.title,
         "source_uri": new.source_uri,
         "text": new.text,
         "metadata": dict(new.metadata),
         "state": DocumentState.PENDING,
-        "size_characters": len(new.text),
-        "size_bytes": len(data),
-        "content_sha256": hashlib.sha256(data).hexdigest(),
+        **(nothing if new.file else describe_text(new.text)),
         "chunk_count": 0,
         "error": "",
-    }
-
-
-def _describe_chunk(chunk: Chunk) -> dict[str, Any]:
-    return {
-        "position": chunk.position,
-        "chunk_id": chunk.chunk_id,
-        "text": chunk.text,
-        "char_start": chunk.char_start,
-        "char_end": chunk.char_end,
-        "token_count": chunk.token_count,
-        "page": chunk.page,
+        "error_reason": "",
+        "revision": 1,
+        "content_revision": 0,
+        "path": "",
+        "format": "",
+        "original_size_bytes": new.size_bytes,
+        "original_sha256": new.sha256,
+        "page_count": 0,
+        "page_starts": [],
+        "headings": [],
+        "warnings": [],
     }
 
 
 def _retrieved_from_row(row: Row[Any]) -> RetrievedChunk:
-    chunk = Chunk(row.chunk_id, row.position, row.text, row.char_start, row.char_end, row.token_count, row.page)
+    chunk = Chunk(row.chunk_id, row.position, row.text, row.char_start, row.char_end, row.token_count, row.page, tuple(row.heading_path))
     return RetrievedChunk(chunk, row.document_id, row.title, Scores(row.similarity, row.lexical, row.fused), row.metadata)

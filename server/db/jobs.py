@@ -18,7 +18,7 @@ from server.domain.estimates import Estimate
 from server.domain.events import Evaluated, JobEvent, StateChanged, StepDone
 from server.domain.ids import DATASET, JOB, MODEL, is_id
 from server.domain.jobs import Attempt, Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
-from server.domain.specs import FineTuneSpec, IndexSpec
+from server.domain.specs import FineTuneSpec, IndexSpec, Spec
 from server.services.codec import LOGGED_PAYLOAD, SPEC, Codec
 from server.services.ports import JobFilter, Page, TrainingSpeed
 
@@ -65,6 +65,13 @@ class PostgresJobs:
         if row is None:
             raise NotFound.of("job", job_id)
         return job_from_row(row)
+
+    async def find_queued(self, model_id: str, spec: Spec) -> Job | None:
+        """Find a QUEUED job with this very spec and keep it QUEUED until the transaction ends; None also where another is at it."""
+        mine = (jobs.c.organization == self._organization, jobs.c.model_id == model_id, IS_QUEUED, jobs.c.spec == SPEC.to_json(spec))
+        query = select(jobs.c.job_id).where(*mine).order_by(jobs.c.job_id).limit(1).with_for_update(skip_locked=True)
+        job_id = await self._connection.scalar(query)
+        return await self.get(job_id) if job_id else None
 
     async def list(self, where: JobFilter, page: Page) -> Sequence[Job]:
         """List jobs, newest first."""

@@ -10,20 +10,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.db import settlement
 from server.db.database import PostgresDatabase
 from server.db.datasets import dataset_file_from_row
-from server.db.document_tables import IS_PENDING, IndexKey, documents
-from server.db.documents import replace_chunks
+from server.db.document_commits import DocumentKey, commit_document
+from server.db.document_tables import IndexKey, documents, staged_documents
 from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
 from server.db.models import version_from_row
 from server.db.progress import record_payloads
 from server.db.rag_indexes import fix_dimension
+from server.db.staging import read_staged
 from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, model_exports, model_versions
-from server.domain.documents import DocumentState
+from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState, may_follow
 from server.domain.models import ModelVersion
-from server.domain.orders import DocumentText
+from server.domain.orders import StagedDocument
 from server.domain.retrieval import Chunk
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
 from server.services.codec import Codec
@@ -33,6 +34,7 @@ CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that eac
 MAX_REAPED = 100  # jobs in one transaction
 DOCUMENTS_PER_READ = 16
 _INDEX = Codec[IndexSpec](IndexSpec)
+_READING = DocumentReading()
 _INDEX_KINDS = frozenset({JobKind.RAG_INDEX})
 _TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS
 
@@ -121,48 +123,56 @@ class PostgresJobQueue:
             await job.write()
             return dropped
 
-    async def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
-        """Stream the texts of the model's PENDING documents, oldest first. No transaction is open between two batches. Raises LeaseLost."""
+    async def read_pending_documents(self, lease: Lease) -> AsyncIterator[StagedDocument]:
+        """Stream the contents of the model's documents that wait, oldest first.
+
+        No transaction is open between two batches. Raises LeaseLost.
+        """
         last_id = ""
         while True:
             async with self._database.begin() as connection:
-                model_id = await connection.scalar(select(jobs.c.model_id).where(*_held_under(lease)))
-                if model_id is None:
+                row = (await connection.execute(select(jobs.c.model_id, jobs.c.spec).where(*_held_under(lease)))).one_or_none()
+                if row is None:
                     raise lease_lost(lease.job_id)
-                of_model = (documents.c.organization == lease.organization, documents.c.model_id == model_id)
-                query = select(documents.c.document_id, documents.c.title, documents.c.text).where(*of_model, IS_PENDING)
-                query = query.where(documents.c.document_id > last_id).order_by(documents.c.document_id).limit(DOCUMENTS_PER_READ)
-                rows = (await connection.execute(query)).all()
-            for row in rows:
-                yield DocumentText(row.document_id, row.title, row.text)
-            if len(rows) < DOCUMENTS_PER_READ:
+                staged = await read_staged(connection, _find_index(lease.organization, row.model_id, row.spec), last_id, DOCUMENTS_PER_READ)
+            for document in staged:
+                yield document
+            if len(staged) < DOCUMENTS_PER_READ:
                 return
-            last_id = rows[-1].document_id
+            last_id = staged[-1].document_id
 
     async def commit_document(
-        self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
-    ) -> None:
-        """Replace a document's chunks and vectors (float16, [chunks, dimension]); INDEXED, or FAILED with `error`; log progress.
+        self,
+        lease: Lease,
+        document_id: str,
+        chunks: Sequence[Chunk],
+        vectors: bytes,
+        dimension: int,
+        error: str,
+        total: int,
+        reading: DocumentReading = _READING,
+    ) -> Sequence[str]:
+        """Replace a document's content, chunks and vectors (float16, [chunks, dimension]), or store `error`; log progress.
 
-        A document that was deleted meanwhile counts as done. Raises LeaseLost, InvalidInput, and FailedPrecondition where the
-        model's other vectors have another dimension.
+        A document that was deleted meanwhile counts as done. Gives files that no row names any more. Raises LeaseLost, InvalidInput,
+        and FailedPrecondition where the model's other vectors have another dimension.
         """
         async with self._database.begin() as connection:
             job = await _lock(connection, lease)
-            index = IndexKey(lease.organization, job.row.model_id, _INDEX.from_json(job.row.spec).index_number)
+            index = _find_index(lease.organization, job.row.model_id, job.row.spec)
+            key = DocumentKey(index, document_id)
             stored = () if error else chunks
             if stored:
                 await fix_dimension(connection, index, dimension)
-            state = await _settle_document(connection, index, document_id, len(stored), error)
-            if state is not None:
-                await replace_chunks(connection, index, document_id, stored, vectors if stored else b"", dimension)
-            if state in (None, DocumentState.PENDING):
+            committed = await commit_document(connection, key, stored, vectors if stored else b"", dimension, error, reading)
+            if committed.is_settled:
                 done = job.row.progress["step"] + 1
-                said = error if state else "The document was deleted while it was being indexed."
-                progress = IndexProgress(document_id, done, max(total, done), len(stored) if state else 0, said)
+                count = len(stored) if committed.is_stored else 0
+                progress = IndexProgress(document_id, done, max(total, done), count, committed.said, reading.error_reason)
                 await record_payloads(connection, job, [progress])
                 job.set(crashes=0)
                 await job.write()
+            return committed.dropped_paths
 
     async def complete(self, lease: Lease, result: ResultReady) -> bool:
         """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile.
@@ -211,12 +221,13 @@ class PostgresJobQueue:
             await connection.execute(delete(checkpoints).where(*of_job, jobs.c.state == JobState.FAILED, ended))
 
     async def list_live_directories(self) -> Collection[str]:
-        """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
+        """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""
         model_path = jobs.c.organization + "/models/" + jobs.c.model_id + "/"
         writing = select(model_path + jobs.c.job_id + "-" + cast(jobs.c.lease_epoch, Text)).where(IS_HELD)
         working = select(jobs.c.organization + "/jobs/" + jobs.c.job_id).where(IS_HELD)
         results = (select(model_versions.c.artifact_path), select(model_exports.c.artifact_path))
-        named = (*results, select(checkpoints.c.path), select(datasets.c.path))
+        files = (select(table.c.path).where(table.c.path != "") for table in (documents, staged_documents))
+        named = (*results, select(checkpoints.c.path), select(datasets.c.path), *files)
         async with self._database.begin() as connection:
             return set(await connection.scalars(union_all(*named, writing, working)))
 
@@ -289,15 +300,6 @@ async def _drop_checkpoints(connection: AsyncConnection, lease: Lease, keep: int
     return [checkpoint_from_row(row) for row in gone]
 
 
-async def _settle_document(
-    connection: AsyncConnection, index: IndexKey, document_id: str, chunk_count: int, error: str
-) -> DocumentState | None:
-    """Mark a document INDEXED or FAILED. Give the state that it had, None where it is gone."""
-    of_model = (documents.c.organization == index.organization, documents.c.model_id == index.model_id)
-    own = (*of_model, documents.c.document_id == document_id)
-    state = await connection.scalar(select(documents.c.state).where(*own).with_for_update())
-    if state is None:
-        return None
-    reached = DocumentState.FAILED if error else DocumentState.INDEXED
-    await connection.execute(update(documents).where(*own).values(state=reached, chunk_count=chunk_count, error=error))
-    return DocumentState(state)
+def _find_index(organization: str, model_id: str, spec: object) -> IndexKey:
+    """Give the index that a job works for."""
+    return IndexKey(organization, model_id, _INDEX.from_json(spec).index_number)

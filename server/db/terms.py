@@ -60,7 +60,7 @@ def make_term_row(organization: str, model_id: str, passage: str) -> dict[str, A
 async def insert_terms(connection: AsyncConnection, index: IndexKey, document_id: str, new: Sequence[Chunk]) -> None:
     """Write the terms of a document's new chunks in an index and count them."""
     scope = scope_words(index.organization, index.model_id, index.index_number)
-    analysed = [(chunk.position, analyse_passage(chunk.text)) for chunk in new]
+    analysed = [(chunk.position, analyse_passage(chunk.searched_text)) for chunk in new]
     key = index.columns | {"document_id": document_id}
     rows = [key | {"position": position} | _describe(scope, terms) for position, terms in analysed]
     await connection.execute(insert(chunk_terms), rows)

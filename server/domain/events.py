@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from server.domain.documents import DOCUMENT_INVALID, DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.findings import Finding
 from server.domain.jobs import FailureReason, JobState
@@ -143,6 +144,7 @@ class IndexProgress:
     documents_total: int
     chunks: int
     error: str = ""
+    error_reason: str = DOCUMENT_INVALID
     kind: Literal["index_progress"] = "index_progress"
 
 
@@ -151,13 +153,17 @@ LoggedPayload = StateChanged | Preparing | DataChecked | Started | StepDone | Ev
 
 @dataclass(frozen=True, slots=True)
 class DocumentIndexed:
-    """Child to worker: a document's chunks and vectors. `vectors` is base64 of little-endian float16 [chunks, dimension], L2-normalised."""
+    """Child to worker: a document's chunks and vectors, or why it has none.
+
+    `vectors` is base64 of little-endian float16 [chunks that are not reused, dimension], L2-normalised.
+    """
 
     document_id: str
     chunks: Sequence[Chunk]
     vectors: str
     dimension: int
     error: str = ""
+    reading: DocumentReading = DocumentReading()
     kind: Literal["document_indexed"] = "document_indexed"
 
 

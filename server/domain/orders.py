@@ -42,7 +42,7 @@ class FineTuneOrder:
 
 @dataclass(frozen=True, slots=True)
 class IndexOrder:
-    """Embed the documents of `documents_path`: JSONL of `DocumentText`, relative to MODEL_STORAGE_PATH."""
+    """Embed the documents of `documents_path`: JSONL of `StagedDocument`, relative to MODEL_STORAGE_PATH."""
 
     job_id: str
     lease_epoch: int
@@ -69,9 +69,16 @@ Order = FineTuneOrder | IndexOrder | ExportOrder
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentText:
-    """A line of an index order's documents file."""
+class StagedDocument:
+    """A line of an index order's documents file: a content that waits to be indexed, a text or the file at `path`.
+
+    `known_chunks` are the hashes of the chunks that the document's index has of the content before.
+    """
 
     document_id: str
-    title: str
-    text: str
+    title: str = ""
+    text: str = ""
+    path: str = ""
+    revision: int = 1
+    source_uri: str = ""
+    known_chunks: tuple[str, ...] = ()

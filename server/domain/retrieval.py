@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 
 MetadataValue = str | int | float | bool
 # A model's indexes are numbered from here on; the next one is built beside the one that answers.
 FIRST_INDEX = 1
+# Of the headings that are embedded and searched with a chunk: more would drown a short text.
+MAX_HEADING_CHARACTERS = 300
 
 
 class SearchMode(StrEnum):
@@ -111,7 +114,10 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a document as cut by the index job. Offsets are in characters (code points) of the original text, end exclusive."""
+    """A piece of a document as cut by the index job. Offsets are in characters (code points) of the original text, end exclusive.
+
+    `heading_path` are the headings that it stands under, outermost first.
+    """
 
     chunk_id: str
     position: int
@@ -120,6 +126,28 @@ class Chunk:
     char_end: int
     token_count: int
     page: int | None = None
+    heading_path: tuple[str, ...] = ()
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The innermost of its headings that fit before its text; the one that its text begins with is not said twice."""
+        path = self.heading_path[:-1] if self.heading_path and self.text.startswith(self.heading_path[-1]) else self.heading_path
+        kept = 0
+        room = MAX_HEADING_CHARACTERS
+        while kept < len(path) and len(path[-kept - 1]) < room:
+            room -= len(path[-kept - 1]) + 1
+            kept += 1
+        return path[len(path) - kept :]
+
+    @property
+    def searched_text(self) -> str:
+        """What searches compare with: its text under its headings."""
+        return "\n".join((*self.headings, self.text))
+
+    @property
+    def content_hash(self) -> str:
+        """The hash of all that its vector depends on within one index, 32 hexadecimal digits."""
+        return blake2b("\x1f".join((*self.heading_path, self.text)).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

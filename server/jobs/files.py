@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, IndexOrder, Order
+from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.trees import DiskTree, ObjectTree, Tree, remove_objects
 from server.services.codec import Codec
@@ -16,7 +16,7 @@ from server.services.job_queue import Claim
 from server.storage.objects import RemoteObjects, StorageUnavailable
 
 _logger = logging.getLogger(__name__)
-_DOCUMENT_TEXT = Codec[DocumentText](DocumentText)
+_STAGED_DOCUMENT = Codec[StagedDocument](StagedDocument)
 
 _PARTIAL = ".partial"  # what is written aside, before it is renamed
 # Longer than any step between a file's creation and its row; a sweep must never race a writer.
@@ -47,7 +47,7 @@ class JobFiles:
         """Name the log of this attempt, absolute."""
         return self._root / self.job_path(claim) / f"attempt-{claim.job.attempt}.log"
 
-    async def write_order(self, claim: Claim, documents: AsyncIterator[DocumentText]) -> Order:
+    async def write_order(self, claim: Claim, documents: AsyncIterator[StagedDocument]) -> Order:
         """Make the child's order; for an index job this writes its documents file first."""
         job = claim.job
         if isinstance(job.spec, IndexSpec):
@@ -87,13 +87,13 @@ class JobFiles:
             artifact_path=self.artifact_path(claim),
         )
 
-    async def _write_documents(self, path: str, documents: AsyncIterator[DocumentText]) -> int:
+    async def _write_documents(self, path: str, documents: AsyncIterator[StagedDocument]) -> int:
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         count = 0
         with target.open("wb") as file:
             async for document in documents:
-                file.write(_DOCUMENT_TEXT.encode(document) + b"\n")
+                file.write(_STAGED_DOCUMENT.encode(document) + b"\n")
                 count += 1
         return count
 
@@ -164,6 +164,9 @@ def _list_candidates(tree: Tree, known: Collection[str]) -> Iterator[str]:
             # The directory of a live job is not to be removed, but something in it may be.
             yield from _list_paths(tree, job) if job in known else (job,)
         for model in _list_paths(tree, f"{organization}/models"):
+            if model in known:
+                yield from _list_paths(tree, model)
+        for model in _list_paths(tree, f"{organization}/documents"):
             if model in known:
                 yield from _list_paths(tree, model)
         for room in ("models", "datasets"):

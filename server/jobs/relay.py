@@ -124,8 +124,10 @@ class Relay:
     async def _commit_document(self, event: DocumentIndexed) -> None:
         await self._flush()
         vectors = base64.b64decode(event.vectors, validate=True)
-        await persist(
+        dropped = await persist(
             lambda: self._queue.commit_document(
-                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count
+                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count, event.reading
             )
         )
+        for path in dropped:
+            await asyncio.to_thread(self._files.delete, path)

@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
+from server.domain.documents import DocumentReading
 from server.domain.errors import ServiceError
 from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
 from server.domain.generation import EmbedRole
-from server.domain.ids import CHUNK, new_id
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.orders import DocumentText, IndexOrder
+from server.domain.orders import IndexOrder, StagedDocument
 from server.domain.retrieval import Chunk
-from server.rag.chunking import cut_text, resolve_chunk_tokens
+from server.rag.chunking import resolve_chunk_tokens
+from server.rag.cutting import CutDocument, DocumentCutter
 from server.rag.embedding import Embedder, LoadedModel, Vectors
+from server.rag.parsing.document import Limits
+from server.rag.passages import write_passages
 from server.services.codec import Codec
 
 # Chunks that are embedded together: enough to sort by length, little enough that progress and a cancel come within seconds.
@@ -29,7 +32,7 @@ CHUNKS_PER_GROUP = 64
 # One event carries a whole document; the worker reads and commits it at once.
 MAX_EVENT_BYTES = 64 << 20
 _KIBIBYTE = 1024  # ru_maxrss counts these on Linux
-_DOCUMENT = Codec[DocumentText](DocumentText)
+_DOCUMENT = Codec[StagedDocument](StagedDocument)
 
 
 @dataclass(slots=True)
@@ -50,15 +53,6 @@ class _Tally:
         self.tokens += sum(chunk.token_count for chunk in event.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """A document with its chunks, or with the reason why it has none."""
-
-    document_id: str
-    chunks: tuple[Chunk, ...]
-    error: str = ""
-
-
 def run_index(
     order: IndexOrder,
     storage_root: Path,
@@ -66,19 +60,23 @@ def run_index(
     emit: Callable[[ChildEvent], None],
     should_stop: Callable[[], bool],
     *,
+    fetch: Callable[[str], Path],
+    limits: Limits | None = None,
     max_event_bytes: int = MAX_EVENT_BYTES,
 ) -> None:
     """Index the documents of an order; returns early, without a result, where `should_stop` says so. Raises JobFailure.
 
-    A document whose event would be longer than `max_event_bytes` is refused.
+    `fetch` gives the place of a stored file on this disk. A document whose event would be longer than `max_event_bytes` is refused.
     """
     loaded = _load(embedder, order.spec.embedding_model)
     emit(Started(total_steps=order.document_count))
     for warning in _find_warnings(order, loaded):
         emit(warning)
     tally = _Tally()
-    for group in _group(_cut_documents(storage_root / order.documents_path, order, loaded, max_event_bytes)):
-        vectors = _embed(loaded, [chunk for cut in group for chunk in cut.chunks], should_stop)
+    bytes_per_vector = loaded.dimension * 2 * 4 // 3 + 256
+    cutter = DocumentCutter(order.spec.chunking, loaded.tokenizer, fetch, limits or Limits(), bytes_per_vector, max_event_bytes)
+    for group in _group(_cut_documents(storage_root / order.documents_path, cutter)):
+        vectors = _embed(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop)
         if vectors is None:
             return
         for event in _make_events(group, vectors, loaded.dimension):
@@ -112,42 +110,19 @@ def _find_warnings(order: IndexOrder, loaded: LoadedModel) -> Iterator[Warned]:
         yield Warned("CHUNKS_SHORTENED", f"Chunks have at most {given} tokens, not {asked}: the embedding model reads no more.")
 
 
-def _cut_documents(path: Path, order: IndexOrder, loaded: LoadedModel, max_event_bytes: int) -> Iterator[_Cut]:
+def _cut_documents(path: Path, cutter: DocumentCutter) -> Iterator[CutDocument]:
     """Read the documents one by one and cut them."""
-    bytes_per_chunk = loaded.dimension * 2 * 4 // 3 + 256
     with path.open("rb") as lines:
         for line in lines:
-            document = _DOCUMENT.decode(line)
-            chunks = tuple(_cut_document(document, order, loaded))
-            size_bytes = sum(bytes_per_chunk + len(chunk.text.encode()) for chunk in chunks)
-            error = _find_error(document, chunks, size_bytes > max_event_bytes)
-            yield _Cut(document.document_id, () if error else chunks, error)
+            yield cutter.cut(_DOCUMENT.decode(line))
 
 
-def _cut_document(document: DocumentText, order: IndexOrder, loaded: LoadedModel) -> Iterator[Chunk]:
-    text = document.text
-    for position, cut in enumerate(cut_text(text, order.spec.chunking, loaded.tokenizer)):
-        piece = text[cut.char_start : cut.char_end]
-        yield Chunk(new_id(CHUNK), position, piece, cut.char_start, cut.char_end, cut.token_count)
-
-
-def _find_error(document: DocumentText, chunks: Sequence[Chunk], is_too_long: bool) -> str:
-    """Say why a document cannot be indexed; empty where it can."""
-    if not chunks:
-        return "The document has no text."
-    if "\x00" in document.text:
-        return "The text has a NUL character, which cannot be stored."
-    if is_too_long:
-        return f"The document is too long to be indexed as one ({len(chunks):,} chunks): add it in parts."
-    return ""
-
-
-def _group(cuts: Iterator[_Cut]) -> Iterator[list[_Cut]]:
+def _group(cuts: Iterator[CutDocument]) -> Iterator[list[CutDocument]]:
     """Put small documents together; one that was refused or is large ends its group."""
-    group: list[_Cut] = []
+    group: list[CutDocument] = []
     for cut in cuts:
         group.append(cut)
-        if sum(len(one.chunks) for one in group) >= CHUNKS_PER_GROUP or cut.error:
+        if sum(len(one.new_chunks) for one in group) >= CHUNKS_PER_GROUP or cut.error:
             yield group
             group = []
     if group:
@@ -160,20 +135,24 @@ def _embed(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[
     for first in range(0, len(chunks), CHUNKS_PER_GROUP):
         if should_stop():
             return None
-        rows.append(loaded.encoder.encode([chunk.text for chunk in chunks[first : first + CHUNKS_PER_GROUP]], EmbedRole.PASSAGE))
+        passages = write_passages(chunks[first : first + CHUNKS_PER_GROUP], loaded.tokenizer)
+        rows.append(loaded.encoder.encode(passages, EmbedRole.PASSAGE))
     return np.concatenate(rows)
 
 
-def _make_events(group: Sequence[_Cut], vectors: Vectors, dimension: int) -> Iterator[DocumentIndexed]:
+def _make_events(group: Sequence[CutDocument], vectors: Vectors, dimension: int) -> Iterator[DocumentIndexed]:
     first = 0
     for cut in group:
-        rows = vectors[first : first + len(cut.chunks)]
-        first += len(cut.chunks)
+        count = len(cut.new_chunks)
+        rows = vectors[first : first + count]
+        first += count
         if not np.isfinite(rows).all():
-            yield DocumentIndexed(cut.document_id, (), "", dimension, "The embedding model gave numbers that are none for this text.")
+            reading = DocumentReading(cut.reading.revision)
+            message = "The embedding model gave numbers that are none for this text."
+            yield DocumentIndexed(cut.document_id, (), "", dimension, message, reading)
         else:
             encoded = base64.b64encode(rows.astype("<f2").tobytes()).decode("ascii")
-            yield DocumentIndexed(cut.document_id, cut.chunks, encoded, dimension, cut.error)
+            yield DocumentIndexed(cut.document_id, cut.chunks, encoded, dimension, cut.error, cut.reading)
 
 
 def _make_result(tally: _Tally) -> ResultReady:

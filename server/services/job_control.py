@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from server.domain.documents import DocumentState
 from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.ids import JOB, new_id
 from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, cancelled_from, paused_from
 from server.domain.models import JOB_CANCELLED, Model, ModelState
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
-from server.services.ports import Database, Files, Page, Transaction
+from server.services.ports import Database, Files, Transaction
 
 # Evaluations looked at for the best one that a retry goes on from.
 _MAX_EVALUATIONS = 100_000
@@ -123,7 +122,7 @@ async def _demand_inputs(transaction: Transaction, job: Job) -> None:
             case ExportSpec(version=version):
                 await transaction.models.get_version(job.model_id, version)
             case IndexSpec():
-                if not await transaction.documents.list(job.model_id, Page(1), DocumentState.PENDING):
+                if not await transaction.staged.is_any_waiting(job.model_id):
                     raise _refuse(job, "NOTHING_TO_RETRY", "has no document left to index: add those that failed again")
     except NotFound as error:
         raise _refuse(job, "JOB_INPUT_GONE", f"cannot be retried, for what it works on was deleted: {str(error).rstrip('.')}") from error

@@ -4,11 +4,12 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import LoggedPayload, ResultReady
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobState
 from server.domain.models import ModelVersion
-from server.domain.orders import DatasetFile, DocumentText
+from server.domain.orders import DatasetFile, StagedDocument
 from server.domain.retrieval import Chunk
 
 
@@ -61,13 +62,24 @@ class JobQueue(Protocol):
     async def record_checkpoint(self, lease: Lease, checkpoint: Checkpoint, keep: int) -> Sequence[Checkpoint]:
         """Add the row and its event; drop all rows but the latest `keep` and the best, and give the dropped ones for their files."""
 
-    def read_pending_documents(self, lease: Lease) -> AsyncIterator[DocumentText]:
-        """Stream the texts of the model's PENDING documents."""
+    def read_pending_documents(self, lease: Lease) -> AsyncIterator[StagedDocument]:
+        """Stream the contents of the model's documents that wait to be indexed."""
 
     async def commit_document(
-        self, lease: Lease, document_id: str, chunks: Sequence[Chunk], vectors: bytes, dimension: int, error: str, total: int
-    ) -> None:
-        """Replace a document's chunks and vectors (float16, [chunks, dimension]); INDEXED, or FAILED with `error`; log progress."""
+        self,
+        lease: Lease,
+        document_id: str,
+        chunks: Sequence[Chunk],
+        vectors: bytes,
+        dimension: int,
+        error: str,
+        total: int,
+        reading: DocumentReading = ...,
+    ) -> Sequence[str]:
+        """Replace a document's content, chunks and vectors (float16, [chunks, dimension]), or store `error`; log progress.
+
+        `vectors` leaves out the chunks that `reading` says are reused. Gives files that no row names any more.
+        """
 
     async def complete(self, lease: Lease, result: ResultReady) -> bool:
         """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
@@ -94,4 +106,4 @@ class JobQueue(Protocol):
         """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
 
     async def list_live_directories(self) -> Collection[str]:
-        """Give every artefact, checkpoint and dataset path that a row names or a held job may write, for clearing up orphans."""
+        """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""

@@ -7,21 +7,18 @@ from typing import TypeVar
 
 from server.domain.base_models import BASE_MODELS, BaseModel
 from server.domain.catalogue import EMBEDDING_MODELS, EmbeddingModel
-from server.domain.documents import Document
 from server.domain.errors import FailedPrecondition, Unavailable
 from server.domain.estimates import Estimate
-from server.domain.jobs import Job
 from server.domain.models import Model
+from server.services.documents import Documents
 from server.services.fine_tuning import FineTuning
 from server.services.paging import close_page, open_page
 from server.services.ports import BaseModels, Database, Engine, Files
 from server.services.rag_models import RagModels, merge_retrieval
 from server.services.requests import (
-    AddDocuments,
     Created,
     CreateFineTunedModel,
     CreateRagModel,
-    ListDocuments,
     Listed,
     ListModels,
     PageRequest,
@@ -37,7 +34,14 @@ class ModelService:
     """Use cases of models."""
 
     def __init__(
-        self, database: Database, files: Files, engine: Engine, base_models: BaseModels, fine_tuning: FineTuning, rag_models: RagModels
+        self,
+        database: Database,
+        files: Files,
+        engine: Engine,
+        base_models: BaseModels,
+        fine_tuning: FineTuning,
+        rag_models: RagModels,
+        documents: Documents,
     ) -> None:
         self._database = database
         self._files = files
@@ -45,6 +49,7 @@ class ModelService:
         self._base_models = base_models
         self._fine_tuning = fine_tuning
         self._rag_models = rag_models
+        self.documents = documents
 
     async def list_models(self, organization: str, request: ListModels) -> Listed[Model]:
         """List models, newest first."""
@@ -80,7 +85,8 @@ class ModelService:
         # The rows are gone, so nobody finds the files any more; what a crash leaves here the worker's sweep removes.
         with suppress(Unavailable):  # an engine that is down holds nothing
             await self._engine.forget(model_id)
-        await self._files.delete_tree(f"{organization}/models/{model_id}")
+        for room in ("models", "documents"):
+            await self._files.delete_tree(f"{organization}/{room}/{model_id}")
 
     async def create_fine_tuned_model(self, organization: str, request: CreateFineTunedModel) -> Created:
         """Start a fine-tuning."""
@@ -93,31 +99,6 @@ class ModelService:
     async def create_rag_model(self, organization: str, request: CreateRagModel) -> Created:
         """Start building a RAG model."""
         return await self._rag_models.create(organization, request)
-
-    async def add_documents(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job]:
-        """Add documents to a RAG model and start the job that indexes them."""
-        return await self._rag_models.add_documents(organization, request)
-
-    async def list_documents(self, organization: str, request: ListDocuments) -> Listed[Document]:
-        """List a model's documents, newest first. Raises NotFound."""
-        filters = (request.model_id, request.state)
-        page = open_page(request.page, filters)
-        async with self._database.transaction(organization) as transaction:
-            await transaction.models.get(request.model_id)
-            items = await transaction.documents.list(request.model_id, page, state=request.state)
-        return close_page(items, page, filters, lambda document: document.document_id)
-
-    async def get_document(self, organization: str, model_id: str, document_id: str) -> Document:
-        """Read a document. Raises NotFound."""
-        async with self._database.transaction(organization) as transaction:
-            await transaction.models.get(model_id)
-            return await transaction.documents.get(model_id, document_id)
-
-    async def delete_document(self, organization: str, model_id: str, document_id: str) -> None:
-        """Remove a document with its chunks, at once. Raises NotFound."""
-        async with self._database.transaction(organization) as transaction:
-            await transaction.models.get(model_id)
-            await transaction.documents.delete(model_id, document_id)
 
     def list_base_models(self, request: PageRequest) -> Listed[tuple[BaseModel, bool]]:
         """List the catalogue, each with whether it can be loaded here now."""

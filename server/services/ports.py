@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Protocol
 
 from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
-from server.domain.documents import Document, DocumentState, NewDocument
+from server.domain.documents import Document, DocumentFormat, DocumentState, NewDocument
 from server.domain.engines import EngineStatus
 from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
 from server.domain.previews import Preview, PreviewOrder
-from server.domain.retrieval import RetrievedChunk, Search
+from server.domain.retrieval import MetadataValue, RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
 from server.domain.shapes import ModelShape
-from server.domain.specs import FineTuneSpec
+from server.domain.specs import FineTuneSpec, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,9 @@ class Models(Protocol):
 class Jobs(Protocol):
     """Rows of jobs and their event log, for the api."""
 
+    async def find_queued(self, model_id: str, spec: Spec) -> Job | None:
+        """Find a QUEUED job with this very spec and keep it QUEUED until the transaction ends; None also where another is at it."""
+
     async def insert(self, job: Job) -> None:
         """Add a job and log its first states (VALIDATING, then its own). One that tries another again takes over its checkpoints."""
 
@@ -158,11 +161,20 @@ class Datasets(Protocol):
         """Remove the row. Raises NotFound."""
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentOriginal:
+    """What a document was given as: a file at `path`, or its text. `format` None: a text, or a file that was not read yet."""
+
+    text: str
+    path: str
+    format: DocumentFormat | None
+
+
 class Documents(Protocol):
     """Rows of documents with their texts and chunks."""
 
-    async def insert(self, model_id: str, documents: Sequence[tuple[str, NewDocument]]) -> Sequence[Document]:
-        """Add PENDING documents under the given new ids."""
+    async def insert(self, model_id: str, documents: Sequence[tuple[str, NewDocument]], job_id: str = "") -> Sequence[Document]:
+        """Add PENDING documents under the given new ids; their contents wait for a job."""
 
     async def get(self, model_id: str, document_id: str) -> Document:
         """Read a document without its text. Raises NotFound."""
@@ -170,8 +182,14 @@ class Documents(Protocol):
     async def list(self, model_id: str, page: Page, state: DocumentState | None = None) -> Sequence[Document]:
         """List documents, newest first; None takes every state."""
 
-    async def delete(self, model_id: str, document_id: str) -> None:
-        """Remove a document with its chunks and vectors, at once. Raises NotFound."""
+    async def get_original(self, model_id: str, document_id: str) -> DocumentOriginal:
+        """Read what a document was given as: its latest content, a text or a file. Raises NotFound."""
+
+    async def get_text(self, model_id: str, document_id: str) -> str:
+        """Read the text that is cited; empty while a file was not read yet. Raises NotFound."""
+
+    async def delete(self, model_id: str, document_id: str) -> Sequence[str]:
+        """Remove a document with its chunks and vectors, at once; give its files, for others to remove. Raises NotFound."""
 
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
         """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared."""
@@ -184,6 +202,35 @@ class Documents(Protocol):
 
     async def list_unknown_keys(self, model_id: str, keys: Sequence[str]) -> Sequence[str]:
         """Give those of the keys that no indexed document's metadata has; none where no document is indexed."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDocument:
+    """What a document is as its latest content has it: `sha256` of what was given, `is_waiting` where that is not indexed yet."""
+
+    document_id: str
+    state: DocumentState
+    title: str
+    source_uri: str
+    metadata: Mapping[str, MetadataValue]
+    sha256: str
+    is_waiting: bool = False
+
+
+class StagedDocuments(Protocol):
+    """Contents of documents that wait to be indexed, one of a document at most."""
+
+    async def list_known(self, model_id: str, new: Sequence[NewDocument]) -> Sequence[KnownDocument]:
+        """Give the model's documents that any of `new` may be: of the same id, source or content."""
+
+    async def stage(self, model_id: str, document_id: str, new: NewDocument, job_id: str) -> str:
+        """Let a content wait for a job, in place of one that waits already; give that one's file, empty where there is none."""
+
+    async def describe(self, model_id: str, document_id: str, new: NewDocument) -> None:
+        """Change title, source and metadata of a document whose content stays."""
+
+    async def is_any_waiting(self, model_id: str) -> bool:
+        """Tell whether any content of a model waits to be indexed."""
 
 
 class Requests(Protocol):
@@ -203,6 +250,7 @@ class Transaction(Protocol):
     jobs: Jobs
     datasets: Datasets
     documents: Documents
+    staged: StagedDocuments
     requests: Requests
 
 

@@ -1,28 +1,24 @@
-"""Making RAG models and adding documents to them: check everything at once, store documents and the job that indexes them."""
+"""Making RAG models: check everything at once, store the model, its first documents and the job that indexes them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
-from server.domain.documents import Document, NewDocument
-from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
+from server.domain.errors import InvalidInput, NotFound
 from server.domain.findings import Finding, Severity
-from server.domain.ids import DOCUMENT, JOB, MODEL, new_id
-from server.domain.jobs import Job, JobKind, JobState
+from server.domain.ids import MODEL, new_id
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSettings, SearchMode
-from server.domain.specs import IndexSpec
 from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
 from server.services.rag_prompt import check_template
-from server.services.requests import AddDocuments, Created, CreateRagModel
+from server.services.requests import Created, CreateRagModel
 from server.services.reranking import check_cross_encoder
+from server.services.staging import check_documents, new_index_job, stage_documents
 from server.services.validation import Violations, check_retrieval, check_settings
 
-MAX_DOCUMENTS = 1_000  # per request
-MAX_DOCUMENT_CHARACTERS = 2_000_000
 MAX_TEMPLATE_CHARACTERS = 20_000
 MIN_CHUNK_TOKENS = 16
 MAX_CHUNK_TOKENS = 8_192  # the longest that a promised embedding model reads
@@ -30,7 +26,7 @@ DEFAULT_OVERLAP_TOKENS = 32
 
 
 class RagModels:
-    """The use cases CreateRagModel and AddDocuments."""
+    """The use case CreateRagModel."""
 
     def __init__(self, database: Database, base_models: BaseModels) -> None:
         self._database = database
@@ -55,53 +51,16 @@ class RagModels:
             base_model = await _find_generator_base(transaction, found, generator)
             found.raise_if_any()
             model = _new_model(request, generator, base_model, embedding_model)
-            job = _new_job(model)
+            job = new_index_job(model)
             if request.validate_only:
                 return Created(replace(model, model_id=""), replace(job, job_id="", model_id=""), find_warnings(embedding_model))
             await transaction.models.insert(model)
-            await transaction.documents.insert(model.model_id, [(new_id(DOCUMENT), document) for document in request.documents])
             await transaction.jobs.insert(job)
+            await stage_documents(transaction, model.model_id, job, request.documents)
             made = {"model_id": model.model_id, "job_id": job.job_id}
             await remember(transaction, "CreateRagModel", request.request_id, body, made)
             stored = await transaction.models.get(model.model_id)
             return Created(stored, await transaction.jobs.get(job.job_id), find_warnings(embedding_model))
-
-    async def add_documents(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job]:
-        """Add documents to a RAG model; they are found once the job that is started for them has indexed them."""
-        body = hash_body(request)
-        found = Violations()
-        check_documents(found, request.documents)
-        if not request.documents:
-            found.add("documents", "must not be empty")
-        found.raise_if_any()
-        async with self._database.transaction(organization) as transaction:
-            if issued := await find_issued(transaction, "AddDocuments", request.request_id, body):
-                ids = issued["document_ids"].split(",")
-                return [await transaction.documents.get(request.model_id, name) for name in ids], await transaction.jobs.get(
-                    issued["job_id"]
-                )
-            model = await transaction.models.get(request.model_id, lock=True)
-            if model.type is not ModelType.RAG:
-                raise FailedPrecondition("Only RAG models have documents.", reason="NOT_A_RAG_MODEL", metadata={"model_id": model.model_id})
-            job = _new_job(model)
-            if request.validate_only:
-                return [], replace(job, job_id="")
-            documents = await transaction.documents.insert(model.model_id, [(new_id(DOCUMENT), new) for new in request.documents])
-            await transaction.jobs.insert(job)
-            made = {"document_ids": ",".join(document.document_id for document in documents), "job_id": job.job_id}
-            await remember(transaction, "AddDocuments", request.request_id, body, made)
-            return documents, await transaction.jobs.get(job.job_id)
-
-
-def check_documents(found: Violations, documents: Sequence[NewDocument]) -> None:
-    """Check inline documents."""
-    if len(documents) > MAX_DOCUMENTS:
-        found.add("documents", f"must be at most {MAX_DOCUMENTS:,} per request, not {len(documents):,}: add the others later")
-        return
-    for place, document in enumerate(documents):
-        found.text(f"documents[{place}].text", document.text, MAX_DOCUMENT_CHARACTERS, least=1)
-        found.text(f"documents[{place}].title", document.title, 500)
-        found.text(f"documents[{place}].source_uri", document.source_uri, 2_000)
 
 
 def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | None) -> RetrievalSettings:
@@ -139,7 +98,7 @@ def _check_plain(found: Violations, request: CreateRagModel) -> None:
     check_retrieval(found, request.retrieval)
     if not found.found:
         check_settings(found, merge_retrieval(default_retrieval(request.embedding_model), request.retrieval))
-    check_documents(found, request.documents)
+    check_documents(found, request.documents, is_new=True)
     found.text("prompt_template", request.prompt_template, MAX_TEMPLATE_CHARACTERS)
     if request.prompt_template and len(request.prompt_template) <= MAX_TEMPLATE_CHARACTERS:
         try:
@@ -191,19 +150,4 @@ def _new_model(request: CreateRagModel, generator: str, base_model: str, embeddi
             chunking=Chunking(request.max_chunk_tokens or 0, overlap),
             prompt_template=request.prompt_template,
         ),
-    )
-
-
-def _new_job(model: Model) -> Job:
-    if model.rag is None:
-        raise ValueError(f"{model.model_id} is not a RAG model")
-    now = datetime.now(UTC)
-    return Job(
-        job_id=new_id(JOB),
-        kind=JobKind.RAG_INDEX,
-        model_id=model.model_id,
-        state=JobState.QUEUED,
-        spec=IndexSpec(model.rag.embedding_model, model.rag.chunking, model.rag.index_number),
-        create_time=now,
-        update_time=now,
     )

@@ -10,7 +10,7 @@ from server.domain.findings import Finding
 from server.domain.generation import ChatMessage, GenerationParameters, Priority
 from server.domain.jobs import Job
 from server.domain.models import Model
-from server.domain.retrieval import RetrievalOverrides
+from server.domain.retrieval import MetadataValue, RetrievalOverrides
 from server.domain.retrieval_evaluation import RetrievalQuery
 from server.domain.specs import ExportFormat, LossOn, OverlongPolicy, ParametersRequest, VersionReference
 from server.domain.techniques import Technique
@@ -134,6 +134,19 @@ class AddDocuments:
 
     model_id: str
     documents: Sequence[NewDocument]
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UploadDocument:
+    """What goes with a document's file. `metadata` None: not given."""
+
+    model_id: str
+    title: str = ""
+    source_uri: str = ""
+    metadata: Mapping[str, MetadataValue] | None = None
+    document_id: str = ""
     request_id: str = ""
     validate_only: bool = False
 

@@ -18,7 +18,7 @@ from server.storage.objects import RemoteObjects
 # Whoever opened a copy has it in memory, or its files open, by then.
 _SPARED_SECONDS = 600.0
 # Below an organization: what may be dropped, since the remote storage has it. Logs and orders of jobs are nowhere else.
-_COPIES = ("models/*/*", "jobs/*/checkpoint-*", "datasets/*/*")
+_COPIES = ("models/*/*", "jobs/*/checkpoint-*", "datasets/*/*", "documents/*/*")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
 from server.inference.client import EngineClient
 from server.services.datasets import Datasets
+from server.services.documents import Documents
 from server.services.estimating import Estimator
 from server.services.fine_tuning import FineTuning
 from server.services.inference_service import InferenceService
@@ -41,6 +42,7 @@ from tests.contract.test_contract import DESCRIPTOR_SET
 from tests.contract.test_gateway import ENVOY, TEMPLATE
 
 MAX_DATASET_BYTES = 3_000_000
+MAX_DOCUMENT_BYTES = 3_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     retrieval = Retrieval(database, engine)
     references = References(database, source)
     services = Services(
-        models=ModelService(database, files, engine, source, tuning, RagModels(database, source)),
+        models=ModelService(
+            database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, MAX_DOCUMENT_BYTES)
+        ),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
         versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),

@@ -40,6 +40,7 @@ PROMISED = (
     ("get", "/models/{model_id}/versions/{version}/files", "ModelService.ListModelFiles"),
     ("get", "/models/{model_id}/versions/{version}/files/{path=**}", "ModelService.DownloadModelFile"),
     ("get", "/models/{model_id}/versions/{version}/archive", "ModelService.DownloadModelArchive"),
+    ("post", "/models/{model_id}/documents", "ModelService.UploadDocument"),
     ("post", "/models/{model_id}/documents/batch", "ModelService.AddDocuments"),
     ("get", "/models/{model_id}/documents", "ModelService.ListDocuments"),
     ("get", "/models/{model_id}/documents/{document_id}", "ModelService.GetDocument"),
@@ -67,11 +68,12 @@ PROMISED = (
 )
 
 # What the body of a request is, where it is not the whole message.
-BODIES = {"TrainingService.UploadDataset": "data", "ModelService.EstimateFineTune": "fine_tune"}
+BODIES = {"TrainingService.UploadDataset": "data", "ModelService.UploadDocument": "data", "ModelService.EstimateFineTune": "fine_tune"}
 
 # Which RPCs stream: (from the client, to the client).
 STREAMS = {
     "TrainingService.UploadDataset": (True, False),
+    "ModelService.UploadDocument": (True, False),
     "TrainingService.WatchTrainingJob": (False, True),
     "TrainingService.ImportDataset": (False, True),
     "ModelService.DownloadModelFile": (False, True),
@@ -149,6 +151,7 @@ def test_a_created_thing_can_be_asked_for_twice_and_tried() -> None:
         "CreateRagModelRequest",
         "AddDocumentsRequest",
         "UploadDatasetRequest",
+        "UploadDocumentRequest",
         "ImportDatasetRequest",
     }
     messages = {message.name: {field.name for field in message.field} for _, message in walk_messages()}

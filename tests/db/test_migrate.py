@@ -16,6 +16,7 @@ from server.db.columns import metadata
 from server.db.database import PostgresDatabase
 from server.db.migrate import DatabaseUnsuitable, migrate
 from server.db.terms import make_term_row
+from server.domain.documents import NewDocument
 from server.domain.ids import DOCUMENT, MODEL, new_id
 from server.domain.rag_indexes import IndexState
 from server.domain.retrieval import Chunking, RetrievalSettings, Search, SearchMode
@@ -69,6 +70,7 @@ def test_migrating_again_changes_nothing(database_url: str, sql: psycopg.Connect
 
 MODEL_ID, EMPTY_MODEL_ID, TUNED_MODEL_ID = new_id(MODEL), new_id(MODEL), new_id(MODEL)
 DOCUMENT_IDS = sorted([new_id(DOCUMENT), new_id(DOCUMENT)])
+PENDING_ID = new_id(DOCUMENT)
 PASSAGES = ["The lighthouse keeper climbs two hundred steps.", "تقع مدينة طرابلس على ساحل البحر المتوسط.", "The lighthouse was rebuilt."]
 
 
@@ -84,6 +86,10 @@ def _fill_second(url: str) -> None:
                 "INSERT INTO models VALUES ('default', %s, %s, 'm', '', '{}', %s, 'b', '', NULL, %s, NULL, %s, NULL, now(), now())",
                 (model_id, "RAG" if of_rag else "FINE_TUNED", state, of_rag, dimension),
             )
+        connection.execute(
+            "INSERT INTO documents VALUES ('default', %s, %s, 't', 's', 'waits', '{}', 'PENDING', 5, 5, 'h', 0, '', now())",
+            (MODEL_ID, PENDING_ID),
+        )
         for place, text in enumerate(PASSAGES):
             key = ("default", MODEL_ID, DOCUMENT_IDS[place // 2], place % 2)
             if place % 2 == 0:
@@ -117,11 +123,15 @@ async def test_what_was_stored_before_there_were_terms_and_indexes_is_found(empt
             settings = RetrievalSettings(similarity_threshold=-1, search_mode=SearchMode.HYBRID)
             search = Search(settings, [-1.0, 1.0], analyse_query("lighthouse keeper"))
             found = await transaction.documents.search(MODEL_ID, search)
+            (waiting,) = await transaction.staged.list_known(MODEL_ID, [NewDocument(source_uri="s")])
+            indexed = await transaction.documents.get(MODEL_ID, DOCUMENT_IDS[0])
             empty, tuned = await transaction.models.get(EMPTY_MODEL_ID), await transaction.models.get(TUNED_MODEL_ID)
             await transaction.models.delete(MODEL_ID)
     finally:
         await database.close()
     assert [hit.chunk.text for hit in found] == [PASSAGES[0], PASSAGES[2], PASSAGES[1]]
+    assert (waiting.document_id, waiting.is_waiting) == (PENDING_ID, True)
+    assert (indexed.update_pending, indexed.original_sha256) == (False, indexed.content_sha256)
     assert model.rag is not None
     assert model.rag.index is not None
     assert empty.rag is not None

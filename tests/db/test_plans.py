@@ -7,12 +7,13 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg.sql import SQL, Literal
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, event, update
 
 from server.db.database import PostgresDatabase, PostgresTransaction
 from server.db.feed import PostgresJobFeed
 from server.db.queue import PostgresJobQueue
-from server.domain.documents import DocumentState
+from server.db.tables import jobs
+from server.domain.documents import DocumentState, NewDocument
 from server.domain.events import StateChanged
 from server.domain.ids import DATASET, DOCUMENT, JOB, MODEL
 from server.domain.jobs import JobKind, JobState
@@ -21,7 +22,7 @@ from server.domain.retrieval import QueryTerm, RetrievalSettings, Search, Search
 from server.services.codec import LOGGED_PAYLOAD, SPEC
 from server.services.job_queue import Lease
 from server.services.ports import JobFilter, ModelFilter, Page
-from tests.db.samples import LIMITS, make_job, make_model, make_step
+from tests.db.samples import LIMITS, make_job, make_model, make_rag_model, make_step
 
 ORGANIZATION = "org7"  # one of twenty
 # Ids that the rows below have: a prefix, and a number in the alphabet of ids.
@@ -54,11 +55,15 @@ INSERT INTO checkpoints SELECT 'org7', 'job_' || lpad(n::text, 24, '0'), s, 'p',
 INSERT INTO model_versions SELECT organization, model_id, 1, 'job_' || model_id, '', '', '', '', 1, '{{}}', now() FROM models;
 INSERT INTO model_exports SELECT organization, model_id, 1, f, 'job_x', '', '', 1, '{{}}', now()
     FROM models, unnest(array['ADAPTER', 'MERGED']) f;
-INSERT INTO documents SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), 'doc_' || lpad(d::text, 24, '0'), 't', '', 'text', '{{}}',
-    CASE WHEN d > 90 THEN 'PENDING' ELSE 'INDEXED' END, 4, 4, 'x', 1, '', now() FROM generate_series(1, 100) n, generate_series(1, 100) d;
+INSERT INTO documents SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), 'doc_' || lpad(d::text, 24, '0'), 't', 'source' || d, 'text', '{{}}',
+    CASE WHEN d > 90 THEN 'PENDING' ELSE 'INDEXED' END, 4, 4, 'x', 1, '', now(), 'job', 1, 1, '', '', 4, 'hash' || d
+    FROM generate_series(1, 100) n, generate_series(1, 100) d;
+INSERT INTO staged_documents SELECT organization, model_id, document_id, 1, title, source_uri, metadata, text, '', 4, original_sha256
+    FROM documents WHERE state = 'PENDING';
 INSERT INTO rag_indexes (organization, model_id, index_number, state, embedding_model, chunking, revision, fingerprint, create_time)
     SELECT organization, model_id, 1, 'READY', 'e', '{{}}', '', '', now() FROM models;
-INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL, 1 FROM documents WHERE state = 'INDEXED';
+INSERT INTO chunks SELECT organization, model_id, document_id, 0, 'chk', 'text', 0, 4, 1, NULL, 1, '{{}}', 'hash' FROM documents
+    WHERE state = 'INDEXED';
 INSERT INTO chunk_vectors SELECT organization, model_id, document_id, position, '[1,0,0]', 1 FROM chunks;
 INSERT INTO chunk_terms SELECT organization, model_id, document_id, position, '{{1}}', '{{1:1}}/1000000000', 1 FROM chunks;
 INSERT INTO term_counts SELECT 'org7', 'mdl_' || lpad(n::text, 24, '0'), term, 90, 1
@@ -164,6 +169,11 @@ QUERIES: dict[str, tuple[set[str], Call]] = {
         lambda t: t.documents.search(MODEL_ID, _make_search(SearchMode.HYBRID)),
     ),
     "unknown keys of metadata": ({"documents_pkey"}, lambda t: t.documents.list_unknown_keys(MODEL_ID, ["nowhere"])),
+    "documents that are given again": (
+        {"documents_by_source", "documents_by_original", "documents_pkey", "staged_documents_pkey"},
+        lambda t: t.staged.list_known(MODEL_ID, [NewDocument("x", source_uri="source5", document_id=DOCUMENT_ID)]),
+    ),
+    "what waits of a model": ({"staged_documents_pkey"}, lambda t: t.staged.is_any_waiting(MODEL_ID)),
     "a request": ({"requests_pkey"}, lambda t: t.requests.find("Create", "r7")),
 }
 
@@ -193,8 +203,12 @@ async def test_a_query_of_the_worker_uses_its_index(filled: PostgresDatabase, ex
 
 
 async def test_pending_documents_are_read_by_their_index(filled: PostgresDatabase, explained: Explained) -> None:
+    spec = SPEC.to_json(make_job(make_rag_model()).spec)
+    async with filled.begin() as connection:
+        await connection.execute(update(jobs).where(jobs.c.organization == ORGANIZATION, jobs.c.job_id == JOB_ID).values(spec=spec))
+    explained.indexes.clear()
     assert len([document async for document in PostgresJobQueue(filled).read_pending_documents(LEASE)]) == 10
-    assert "documents_pending" in explained.indexes
+    assert {"staged_documents_pkey", "chunks_pkey"} <= explained.indexes
     assert not explained.scanned_tables
 
 

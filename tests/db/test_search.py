@@ -13,8 +13,8 @@ from psycopg.rows import TupleRow
 
 from server.db import search as db_search
 from server.db.database import PostgresDatabase
+from server.db.document_commits import DocumentKey, replace_chunks
 from server.db.document_tables import IndexKey
-from server.db.documents import replace_chunks
 from server.db.queue import PostgresJobQueue
 from server.db.rag_indexes import insert_index
 from server.domain.documents import NewDocument
@@ -245,9 +245,8 @@ async def test_only_the_asked_index_is_searched(
     async with database.begin() as connection:
         second = IndexKey(ORGANIZATION, model_id, 2)
         await insert_index(connection, second, "other", Chunking())
-        await replace_chunks(
-            connection, second, collection.documents[4], make_chunks(["A lantern, shorter."]), VECTORS[:1].tobytes(), DIMENSION
-        )
+        document = DocumentKey(second, collection.documents[4])
+        await replace_chunks(connection, document, make_chunks(["A lantern, shorter."]), VECTORS[:1].tobytes(), DIMENSION)
     for settings in (DENSE, LEXICAL, HYBRID):
         search = Search(settings, [float(number) for number in VECTORS[0]], analyse_query("lantern lighthouse"))
         async with database.transaction(ORGANIZATION) as transaction:

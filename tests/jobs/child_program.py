@@ -27,11 +27,11 @@ from server.domain.events import (
 )
 from server.domain.ids import CHUNK, new_id
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.orders import DocumentText, ExportOrder, FineTuneOrder, IndexOrder, Order
+from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
 from server.domain.retrieval import Chunk
 from server.services.codec import Codec
 
-_DOCUMENT = Codec[DocumentText](DocumentText)
+_DOCUMENT = Codec[StagedDocument](StagedDocument)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from server.domain.errors import NotFound
 from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
 from server.domain.generation import EmbedRole
 from server.domain.jobs import FailureReason, JobFailure
-from server.domain.orders import DocumentText, IndexOrder
+from server.domain.orders import IndexOrder, StagedDocument
 from server.domain.retrieval import Chunking
 from server.domain.specs import IndexSpec
 from server.rag.embedding import Embedder
@@ -20,7 +20,7 @@ from server.services.codec import CHILD_EVENT, Codec
 from tests.rag.conftest import MINILM
 from tests.rag.tiny_encoders import build_tiny_xlm_roberta
 
-DOCUMENTS = Codec[DocumentText](DocumentText)
+DOCUMENTS = Codec[StagedDocument](StagedDocument)
 HALF_PRECISION = 1e-3
 CHUNKING = Chunking(40, 8)
 
@@ -39,11 +39,11 @@ def run(
     max_event_bytes: int = MAX_EVENT_BYTES,
 ) -> list[ChildEvent]:
     """Index texts named doc_0, doc_1, … and give the events as the worker would read them."""
-    lines = [DOCUMENTS.encode(DocumentText(f"doc_{place}", f"Title {place}", text)) for place, text in enumerate(texts)]
+    lines = [DOCUMENTS.encode(StagedDocument(f"doc_{place}", f"Title {place}", text)) for place, text in enumerate(texts)]
     (root / "documents.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     order = IndexOrder("job_1", 1, IndexSpec(model, chunking), "documents.jsonl", len(texts))
     events: list[ChildEvent] = []
-    run_index(order, root, embedder, events.append, should_stop, max_event_bytes=max_event_bytes)
+    run_index(order, root, embedder, events.append, should_stop, fetch=root.joinpath, max_event_bytes=max_event_bytes)
     return [CHILD_EVENT.decode(CHILD_EVENT.encode(event)) for event in events]
 
 

@@ -14,6 +14,7 @@ from server.db.feed import PostgresJobFeed
 from server.domain.specs import ParametersRequest
 from server.inference.client import EngineClient
 from server.services.datasets import Datasets
+from server.services.documents import Documents
 from server.services.estimating import Estimator
 from server.services.fine_tuning import FineTuning
 from server.services.job_control import JobControl
@@ -29,6 +30,7 @@ from server.storage.downloads import ArtefactDownloads
 from server.storage.files import LocalFiles
 
 ORGANIZATION = "default"
+MAX_DOCUMENT_BYTES = 200_000
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDING_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MACHINE = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
@@ -67,7 +69,9 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     datasets = Datasets(database, files, InspectionProcesses(), imports, 10_000)
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, MACHINE))
-    models = ModelService(database, files, engine, source, tuning, RagModels(database, source))
+    models = ModelService(
+        database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, MAX_DOCUMENT_BYTES)
+    )
     training = TrainingService(database, feed, datasets, JobControl(database, files))
     versions = Versions(database, files, ArtefactDownloads(ArtefactStore(storage)), engine)
     yield UseCases(models, training, datasets, versions, storage, local)

@@ -170,21 +170,22 @@ async def test_a_model_that_is_not_ready_generates_for_no_rag_model(use_cases: U
 async def test_documents_can_be_added_listed_and_deleted(use_cases: UseCases) -> None:
     model = (await use_cases.models.create_rag_model(ORGANIZATION, rag())).model
     request = AddDocuments(model.model_id, [NewDocument("More.", metadata={"year": 2026})], request_id="a")
-    documents, job = await use_cases.models.add_documents(ORGANIZATION, request)
-    again, same = await use_cases.models.add_documents(ORGANIZATION, request)
-    assert (again, same.job_id) == (documents, job.job_id)
-    read = await use_cases.models.get_document(ORGANIZATION, model.model_id, documents[0].document_id)
+    documents, job = await use_cases.models.documents.add(ORGANIZATION, request)
+    again, same = await use_cases.models.documents.add(ORGANIZATION, request)
+    assert job is not None
+    assert (again, same) == (documents, job)
+    read = await use_cases.models.documents.get(ORGANIZATION, model.model_id, documents[0].document_id)
     assert read.metadata == {"year": 2026}
-    await use_cases.models.delete_document(ORGANIZATION, model.model_id, read.document_id)
+    await use_cases.models.documents.delete(ORGANIZATION, model.model_id, read.document_id)
     with pytest.raises(NotFound):
-        await use_cases.models.get_document(ORGANIZATION, model.model_id, read.document_id)
+        await use_cases.models.documents.get(ORGANIZATION, model.model_id, read.document_id)
     assert (await use_cases.models.get_model(ORGANIZATION, model.model_id)).document_count == 1
 
 
 async def test_only_rag_models_take_documents(use_cases: UseCases) -> None:
     made = await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(**INLINE))
     with pytest.raises(FailedPrecondition, match="RAG"):
-        await use_cases.models.add_documents(ORGANIZATION, AddDocuments(made.model.model_id, [NewDocument("x")]))
+        await use_cases.models.documents.add(ORGANIZATION, AddDocuments(made.model.model_id, [NewDocument("x")]))
 
 
 async def test_a_model_in_use_is_not_deleted(use_cases: UseCases) -> None:

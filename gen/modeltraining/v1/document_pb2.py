@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodeltraining/v1/document.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xb6\x03\n\x08\x44ocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x12\n\nsource_uri\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .modeltraining.v1.Document.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\nsize_bytes\x18\x07 \x01(\x01\x12\x16\n\x0e\x63ontent_sha256\x18\x08 \x01(\t\x12\x17\n\x0fsize_characters\x18\t \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\n \x01(\x05\x12)\n\x08metadata\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_INDEXED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"l\n\x0eInlineDocument\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nsource_uri\x18\x03 \x01(\t\x12)\n\x08metadata\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Structb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmodeltraining/v1/document.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa0\x07\n\x08\x44ocument\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x12\n\nsource_uri\x18\x04 \x01(\t\x12/\n\x05state\x18\x05 \x01(\x0e\x32 .modeltraining.v1.Document.State\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\nsize_bytes\x18\x07 \x01(\x01\x12\x16\n\x0e\x63ontent_sha256\x18\x08 \x01(\t\x12\x17\n\x0fsize_characters\x18\t \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\n \x01(\x05\x12)\n\x08metadata\x18\x0b \x01(\x0b\x32\x17.google.protobuf.Struct\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06job_id\x18\r \x01(\t\x12\x31\n\x06\x66ormat\x18\x0e \x01(\x0e\x32!.modeltraining.v1.Document.Format\x12\x12\n\npage_count\x18\x0f \x01(\x05\x12\x34\n\x08warnings\x18\x10 \x03(\x0b\x32\".modeltraining.v1.Document.Warning\x12/\n\x0bupdate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0eupdate_pending\x18\x12 \x01(\x08\x12\x1b\n\x13original_size_bytes\x18\x13 \x01(\x01\x12\x17\n\x0foriginal_sha256\x18\x14 \x01(\t\x1a(\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x11\n\rSTATE_INDEXED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xb1\x01\n\x06\x46ormat\x12\x16\n\x12\x46ORMAT_UNSPECIFIED\x10\x00\x12\x0e\n\nFORMAT_PDF\x10\x01\x12\x0f\n\x0b\x46ORMAT_DOCX\x10\x02\x12\x0f\n\x0b\x46ORMAT_PPTX\x10\x03\x12\x0f\n\x0b\x46ORMAT_HTML\x10\x04\x12\x13\n\x0f\x46ORMAT_MARKDOWN\x10\x05\x12\x15\n\x11\x46ORMAT_PLAIN_TEXT\x10\x06\x12\x0e\n\nFORMAT_CSV\x10\x07\x12\x10\n\x0c\x46ORMAT_JSONL\x10\x08\"\x81\x01\n\x0eInlineDocument\x12\r\n\x05title\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nsource_uri\x18\x03 \x01(\t\x12)\n\x08metadata\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x13\n\x0b\x64ocument_id\x18\x05 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.document_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DOCUMENT']._serialized_start=142
-  _globals['_DOCUMENT']._serialized_end=580
-  _globals['_DOCUMENT_STATE']._serialized_start=494
-  _globals['_DOCUMENT_STATE']._serialized_end=580
-  _globals['_INLINEDOCUMENT']._serialized_start=582
-  _globals['_INLINEDOCUMENT']._serialized_end=690
+  _globals['_DOCUMENT']._serialized_end=1070
+  _globals['_DOCUMENT_WARNING']._serialized_start=762
+  _globals['_DOCUMENT_WARNING']._serialized_end=802
+  _globals['_DOCUMENT_STATE']._serialized_start=804
+  _globals['_DOCUMENT_STATE']._serialized_end=890
+  _globals['_DOCUMENT_FORMAT']._serialized_start=893
+  _globals['_DOCUMENT_FORMAT']._serialized_end=1070
+  _globals['_INLINEDOCUMENT']._serialized_start=1073
+  _globals['_INLINEDOCUMENT']._serialized_end=1202
 # @@protoc_insertion_point(module_scope)

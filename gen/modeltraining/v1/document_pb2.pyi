@@ -3,10 +3,12 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
@@ -37,7 +39,7 @@ class Document(_message.Message):
         STATE_PENDING: Document._State.ValueType  # 1
         """Stored, not searchable yet."""
         STATE_INDEXED: Document._State.ValueType  # 2
-        """Searchable."""
+        """Searchable. Stays so while changed content waits (`update_pending`), and when that could not be indexed (`error`)."""
         STATE_FAILED: Document._State.ValueType  # 3
         """It could not be indexed; `error` says why. The other documents are not affected."""
 
@@ -49,9 +51,80 @@ class Document(_message.Message):
     STATE_PENDING: Document.State.ValueType  # 1
     """Stored, not searchable yet."""
     STATE_INDEXED: Document.State.ValueType  # 2
-    """Searchable."""
+    """Searchable. Stays so while changed content waits (`update_pending`), and when that could not be indexed (`error`)."""
     STATE_FAILED: Document.State.ValueType  # 3
     """It could not be indexed; `error` says why. The other documents are not affected."""
+
+    class _Format:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Document._Format.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FORMAT_UNSPECIFIED: Document._Format.ValueType  # 0
+        """Not read yet, or given as text."""
+        FORMAT_PDF: Document._Format.ValueType  # 1
+        """PDF with text in it."""
+        FORMAT_DOCX: Document._Format.ValueType  # 2
+        """Word, 2007 or newer."""
+        FORMAT_PPTX: Document._Format.ValueType  # 3
+        """PowerPoint, 2007 or newer."""
+        FORMAT_HTML: Document._Format.ValueType  # 4
+        """HTML."""
+        FORMAT_MARKDOWN: Document._Format.ValueType  # 5
+        """Markdown."""
+        FORMAT_PLAIN_TEXT: Document._Format.ValueType  # 6
+        """Text without structure."""
+        FORMAT_CSV: Document._Format.ValueType  # 7
+        """A table with commas, semicolons, tabs or bars."""
+        FORMAT_JSONL: Document._Format.ValueType  # 8
+        """One JSON object a line."""
+
+    class Format(_Format, metaclass=_FormatEnumTypeWrapper):
+        """How a file is written."""
+
+    FORMAT_UNSPECIFIED: Document.Format.ValueType  # 0
+    """Not read yet, or given as text."""
+    FORMAT_PDF: Document.Format.ValueType  # 1
+    """PDF with text in it."""
+    FORMAT_DOCX: Document.Format.ValueType  # 2
+    """Word, 2007 or newer."""
+    FORMAT_PPTX: Document.Format.ValueType  # 3
+    """PowerPoint, 2007 or newer."""
+    FORMAT_HTML: Document.Format.ValueType  # 4
+    """HTML."""
+    FORMAT_MARKDOWN: Document.Format.ValueType  # 5
+    """Markdown."""
+    FORMAT_PLAIN_TEXT: Document.Format.ValueType  # 6
+    """Text without structure."""
+    FORMAT_CSV: Document.Format.ValueType  # 7
+    """A table with commas, semicolons, tabs or bars."""
+    FORMAT_JSONL: Document.Format.ValueType  # 8
+    """One JSON object a line."""
+
+    @_typing.final
+    class Warning(_message.Message):
+        """Something that its owner should know of a document that was read all the same."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CODE_FIELD_NUMBER: _builtins.int
+        MESSAGE_FIELD_NUMBER: _builtins.int
+        code: _builtins.str
+        """What it is, stable, UPPER_SNAKE: for example REVERSED_ARABIC, PAGES_WITHOUT_TEXT, GARBLED_TEXT, ENCODING_GUESSED, LONG_WORDS."""
+        message: _builtins.str
+        """A sentence for a person."""
+        def __init__(
+            self,
+            *,
+            code: _builtins.str = ...,
+            message: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
@@ -65,27 +138,51 @@ class Document(_message.Message):
     CHUNK_COUNT_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    PAGE_COUNT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_PENDING_FIELD_NUMBER: _builtins.int
+    ORIGINAL_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ORIGINAL_SHA256_FIELD_NUMBER: _builtins.int
     document_id: _builtins.str
     """Id of the document, `doc_…`."""
     model_id: _builtins.str
     """Model that it is of."""
     title: _builtins.str
-    """Title. Empty: it has none."""
+    """Title as given, else the file's own, else the last part of `source_uri`. Empty: it has none."""
     source_uri: _builtins.str
     """Where it came from, as the caller named it. Empty: not named."""
     state: Global___Document.State.ValueType
     """Where it stands."""
     size_bytes: _builtins.float
-    """Size of its text in UTF-8, bytes."""
+    """Size of its text in UTF-8, bytes; 0 while a file was not read yet."""
     content_sha256: _builtins.str
-    """SHA-256 of its text, hexadecimal."""
+    """SHA-256 of its text, hexadecimal; empty while a file was not read yet."""
     size_characters: _builtins.int
-    """Length of its text, Unicode code points."""
+    """Length of its text, Unicode code points; 0 while a file was not read yet. Offsets of chunks and citations count in this text, which
+    DownloadDocumentText gives.
+    """
     chunk_count: _builtins.int
     """Chunks that can be found; 0 until INDEXED."""
+    job_id: _builtins.str
+    """The job that indexes its latest content, or did. Several documents may share one."""
+    format: Global___Document.Format.ValueType
+    """How its file is written, by its content."""
+    page_count: _builtins.int
+    """Pages of its file; 0: it has none."""
+    update_pending: _builtins.bool
+    """True: changed content waits to be indexed; until then the content before it is found. Default false."""
+    original_size_bytes: _builtins.float
+    """Size of the file that it was read from, bytes; of a document given as text the same as `size_bytes`."""
+    original_sha256: _builtins.str
+    """SHA-256 of that file, hexadecimal."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why it could not be indexed. Unset unless FAILED."""
+        """Why its latest content could not be indexed; the ErrorInfo's reason says it in one word, for example DOCUMENT_ENCRYPTED. If the state is
+        INDEXED, the content before it still answers. Unset: nothing failed.
+        """
 
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
@@ -94,6 +191,14 @@ class Document(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was added."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Document.Warning]:
+        """What is to be known of its reading."""
+
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When its content last became searchable or failed. Unset: not yet."""
 
     def __init__(
         self,
@@ -110,10 +215,18 @@ class Document(_message.Message):
         chunk_count: _builtins.int = ...,
         metadata: _struct_pb2.Struct | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        job_id: _builtins.str = ...,
+        format: Global___Document.Format.ValueType = ...,
+        page_count: _builtins.int = ...,
+        warnings: _abc.Iterable[Global___Document.Warning] | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        update_pending: _builtins.bool = ...,
+        original_size_bytes: _builtins.float = ...,
+        original_sha256: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "metadata", b"metadata"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "metadata", b"metadata", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "content_sha256", b"content_sha256", "create_time", b"create_time", "document_id", b"document_id", "error", b"error", "metadata", b"metadata", "model_id", b"model_id", "size_bytes", b"size_bytes", "size_characters", b"size_characters", "source_uri", b"source_uri", "state", b"state", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "content_sha256", b"content_sha256", "create_time", b"create_time", "document_id", b"document_id", "error", b"error", "format", b"format", "job_id", b"job_id", "metadata", b"metadata", "model_id", b"model_id", "original_sha256", b"original_sha256", "original_size_bytes", b"original_size_bytes", "page_count", b"page_count", "size_bytes", b"size_bytes", "size_characters", b"size_characters", "source_uri", b"source_uri", "state", b"state", "title", b"title", "update_pending", b"update_pending", "update_time", b"update_time", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -121,7 +234,9 @@ Global___Document: _TypeAlias = Document  # noqa: Y015
 
 @_typing.final
 class InlineDocument(_message.Message):
-    """A document given as text in a request."""
+    """A document given as text in a request. It replaces the one with its `document_id`, else the one with its `source_uri`; what already has the
+    same text and title stays as it is, and is the answer.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -129,12 +244,15 @@ class InlineDocument(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     SOURCE_URI_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
     title: _builtins.str
     """Title, at most 500 characters. Default empty."""
     text: _builtins.str
     """The text, 1 to 2,000,000 Unicode code points. Required. Offsets of chunks and citations count in it."""
     source_uri: _builtins.str
-    """Where it came from, at most 2,000 characters; only echoed, never opened. Default empty."""
+    """Where it came from, at most 2,000 characters; never opened. A model has one document of each. Default empty: nowhere in particular."""
+    document_id: _builtins.str
+    """Document of the model whose content this becomes, `doc_…`. NOT_FOUND if there is none. Default: see above."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
         """The caller's own metadata: at most 64 keys of 1 to 128 characters, each with a text, a number or a boolean. Default empty."""
@@ -146,10 +264,11 @@ class InlineDocument(_message.Message):
         text: _builtins.str = ...,
         source_uri: _builtins.str = ...,
         metadata: _struct_pb2.Struct | None = ...,
+        document_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata", "source_uri", b"source_uri", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id", "metadata", b"metadata", "source_uri", b"source_uri", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

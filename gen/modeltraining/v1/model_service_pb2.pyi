@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
@@ -573,11 +574,11 @@ class AddDocumentsResponse(_message.Message):
     TRAINING_JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def documents(self) -> _containers.RepeatedCompositeFieldContainer[_document_pb2.Document]:
-        """The documents, in the order they were given; PENDING."""
+        """The documents, in the order they were given: PENDING, or as they are where nothing is new."""
 
     @_builtins.property
     def training_job(self) -> _training_job_pb2.TrainingJob:
-        """The job that indexes them."""
+        """The job that indexes them, which may be one that waits already; where nothing is new, the one that did. Unset: none ever did."""
 
     def __init__(
         self,
@@ -656,6 +657,66 @@ class ListDocumentsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListDocumentsResponse: _TypeAlias = ListDocumentsResponse  # noqa: Y015
+
+@_typing.final
+class UploadDocumentRequest(_message.Message):
+    """A part of a file to add. The first message says what it is; the others carry bytes only. Over REST the file is the body, and the other
+    fields are query parameters.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    SOURCE_URI_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`. Required in the first message."""
+    title: _builtins.str
+    """Title, at most 500 characters. Default: the file's own, else the last part of `source_uri`."""
+    source_uri: _builtins.str
+    """Where it came from, at most 2,000 characters; never opened. A model has one document of each. Default empty: nowhere in particular."""
+    metadata: _builtins.str
+    """The caller's own metadata, a JSON object in text: at most 64 keys of 1 to 128 characters, each with a text, a number or a boolean.
+    Default: none; of a document that it replaces, the one that it had.
+    """
+    document_id: _builtins.str
+    """Document of the model whose content this becomes, `doc_…`. NOT_FOUND if there is none. Default: by `source_uri`, else a new one."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check that needs no reading of the file, keep nothing; the answer shows what would be created, without an id.
+    Default false.
+    """
+    @_builtins.property
+    def data(self) -> _httpbody_pb2.HttpBody:
+        """The next bytes of the file, at most 4 MiB a message. The content type is not used."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        source_uri: _builtins.str = ...,
+        metadata: _builtins.str = ...,
+        document_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        data: _httpbody_pb2.HttpBody | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "document_id", b"document_id", "metadata", b"metadata", "model_id", b"model_id", "request_id", b"request_id", "source_uri", b"source_uri", "title", b"title", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadDocumentRequest: _TypeAlias = UploadDocumentRequest  # noqa: Y015
 
 @_typing.final
 class GetDocumentRequest(_message.Message):

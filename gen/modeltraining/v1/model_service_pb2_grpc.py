@@ -116,6 +116,11 @@ class ModelServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.FromString,
                 _registered_method=True)
+        self.UploadDocument = channel.stream_unary(
+                '/modeltraining.v1.ModelService/UploadDocument',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_document__pb2.Document.FromString,
+                _registered_method=True)
         self.AddDocuments = channel.unary_unary(
                 '/modeltraining.v1.ModelService/AddDocuments',
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.AddDocumentsRequest.SerializeToString,
@@ -260,8 +265,18 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadDocument(self, request_iterator, context):
+        """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
+        in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
+        which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
+        answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddDocuments(self, request, context):
-        """Adds documents given as text to a RAG model, and the job that indexes them.
+        """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -379,6 +394,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.CreateRagModel,
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.SerializeToString,
+            ),
+            'UploadDocument': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadDocument,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_document__pb2.Document.SerializeToString,
             ),
             'AddDocuments': grpc.unary_unary_rpc_method_handler(
                     servicer.AddDocuments,
@@ -817,6 +837,33 @@ class ModelService:
             '/modeltraining.v1.ModelService/CreateRagModel',
             modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.SerializeToString,
             modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadDocument(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/modeltraining.v1.ModelService/UploadDocument',
+            modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.SerializeToString,
+            modeltraining_dot_v1_dot_document__pb2.Document.FromString,
             options,
             channel_credentials,
             insecure,

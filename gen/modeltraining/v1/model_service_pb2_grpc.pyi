@@ -75,8 +75,14 @@ class ModelServiceStub:
     """
     CreateRagModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]
     """Creates a RAG model and the job that indexes its documents."""
+    UploadDocument: _grpc.StreamUnaryMultiCallable[_model_service_pb2.UploadDocumentRequest, _document_pb2.Document]
+    """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
+    in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
+    which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
+    answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
+    """
     AddDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]
-    """Adds documents given as text to a RAG model, and the job that indexes them."""
+    """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument."""
     ListDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListDocumentsRequest, _model_service_pb2.ListDocumentsResponse]
     """Lists documents of a RAG model, newest first."""
     GetDocument: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetDocumentRequest, _document_pb2.Document]
@@ -129,8 +135,14 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     CreateRagModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]  # type: ignore[assignment]
     """Creates a RAG model and the job that indexes its documents."""
+    UploadDocument: _aio.StreamUnaryMultiCallable[_model_service_pb2.UploadDocumentRequest, _document_pb2.Document]  # type: ignore[assignment]
+    """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
+    in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
+    which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
+    answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
+    """
     AddDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]  # type: ignore[assignment]
-    """Adds documents given as text to a RAG model, and the job that indexes them."""
+    """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument."""
     ListDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListDocumentsRequest, _model_service_pb2.ListDocumentsResponse]  # type: ignore[assignment]
     """Lists documents of a RAG model, newest first."""
     GetDocument: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetDocumentRequest, _document_pb2.Document]  # type: ignore[assignment]
@@ -272,12 +284,24 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a RAG model and the job that indexes its documents."""
 
     @_abc_1.abstractmethod
+    def UploadDocument(
+        self,
+        request_iterator: _MaybeAsyncIterator[_model_service_pb2.UploadDocumentRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.Document, _abc.Awaitable[_document_pb2.Document]]:
+        """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
+        in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
+        which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
+        answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
+        """
+
+    @_abc_1.abstractmethod
     def AddDocuments(
         self,
         request: _model_service_pb2.AddDocumentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.AddDocumentsResponse, _abc.Awaitable[_model_service_pb2.AddDocumentsResponse]]:
-        """Adds documents given as text to a RAG model, and the job that indexes them."""
+        """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument."""
 
     @_abc_1.abstractmethod
     def ListDocuments(

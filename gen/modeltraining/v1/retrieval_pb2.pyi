@@ -350,6 +350,7 @@ class RetrievedChunk(_message.Message):
     CHAR_END_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
+    HEADING_PATH_FIELD_NUMBER: _builtins.int
     chunk_id: _builtins.str
     """Id of the chunk, `chk_…`."""
     document_id: _builtins.str
@@ -372,6 +373,10 @@ class RetrievedChunk(_message.Message):
     def scores(self) -> Global___RetrievedChunk.Scores:
         """Its scores."""
 
+    @_builtins.property
+    def heading_path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The headings that it stands under, outermost first. They were embedded and searched with its text. Empty: none."""
+
     def __init__(
         self,
         *,
@@ -384,10 +389,11 @@ class RetrievedChunk(_message.Message):
         char_end: _builtins.int = ...,
         metadata: _struct_pb2.Struct | None = ...,
         scores: Global___RetrievedChunk.Scores | None = ...,
+        heading_path: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "metadata", b"metadata", "page", b"page", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "char_end", b"char_end", "char_start", b"char_start", "chunk_id", b"chunk_id", "document_id", b"document_id", "metadata", b"metadata", "page", b"page", "scores", b"scores", "text", b"text", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page", b"_page", "char_end", b"char_end", "char_start", b"char_start", "chunk_id", b"chunk_id", "document_id", b"document_id", "heading_path", b"heading_path", "metadata", b"metadata", "page", b"page", "scores", b"scores", "text", b"text", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__page: _TypeAlias = _typing.Literal["page"]  # noqa: Y015
     _WhichOneofArgType__page: _TypeAlias = _typing.Literal["_page", b"_page"]  # noqa: Y015

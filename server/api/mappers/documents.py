@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from google.protobuf import json_format
 from google.protobuf.struct_pb2 import Struct, Value
 from modeltraining.v1 import document_pb2, model_service_pb2
 
@@ -10,13 +11,14 @@ from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_pr
 from server.domain.documents import Document, DocumentState, NewDocument
 from server.domain.errors import ErrorData
 from server.domain.retrieval import MetadataValue
-from server.services.requests import AddDocuments, ListDocuments, PageRequest
+from server.services.requests import AddDocuments, ListDocuments, PageRequest, UploadDocument
 from server.services.validation import Violations
 
 
 def document_to_proto(document: Document) -> document_pb2.Document:
     """Write a document."""
-    error = ErrorData("INVALID_ARGUMENT", "DOCUMENT_INVALID", document.error) if document.error else None
+    error = ErrorData("INVALID_ARGUMENT", document.error_reason, document.error) if document.error else None
+    warnings = [document_pb2.Document.Warning(code=warning.code, message=warning.message) for warning in document.warnings]
     return document_pb2.Document(
         document_id=document.document_id,
         model_id=document.model_id,
@@ -30,13 +32,34 @@ def document_to_proto(document: Document) -> document_pb2.Document:
         chunk_count=document.chunk_count,
         metadata=metadata_to_proto(document.metadata),
         create_time=time_to_proto(document.create_time),
+        job_id=document.job_id,
+        format=enum_to_proto(document_pb2.Document.Format, "FORMAT", document.format),
+        page_count=document.page_count,
+        warnings=warnings,
+        update_time=time_to_proto(document.update_time),
+        update_pending=document.update_pending,
+        original_size_bytes=document.original_size_bytes,
+        original_sha256=document.original_sha256,
     )
 
 
 def new_document_from_proto(message: document_pb2.InlineDocument, found: Violations, field: str) -> NewDocument:
     """Read a document that is given as text."""
     metadata = metadata_from_proto(message.metadata, found, f"{field}.metadata")
-    return NewDocument(text=message.text, title=message.title, source_uri=message.source_uri, metadata=metadata)
+    return NewDocument(message.text, message.title, message.source_uri, metadata, message.document_id)
+
+
+def upload_document_from_proto(message: model_service_pb2.UploadDocumentRequest, found: Violations) -> UploadDocument:
+    """Read what goes with a file from its first message."""
+    return UploadDocument(
+        model_id=message.model_id,
+        title=message.title,
+        source_uri=message.source_uri,
+        metadata=metadata_from_json(message.metadata, found, "metadata") if message.metadata else None,
+        document_id=message.document_id,
+        request_id=message.request_id,
+        validate_only=message.validate_only,
+    )
 
 
 def list_documents_from_proto(message: model_service_pb2.ListDocumentsRequest, found: Violations) -> ListDocuments:
@@ -69,6 +92,16 @@ def metadata_from_proto(struct: Struct, found: Violations, field: str) -> Mappin
         else:
             metadata[key] = plain
     return metadata
+
+
+def metadata_from_json(text: str, found: Violations, field: str) -> Mapping[str, MetadataValue]:
+    """Read metadata that stands in a text as a JSON object. Notes what is none."""
+    struct = Struct()
+    try:
+        json_format.Parse(text, struct)
+    except json_format.ParseError:
+        found.add(field, "must be a JSON object")
+    return metadata_from_proto(struct, found, field)
 
 
 def value_from_proto(value: Value) -> MetadataValue | None:

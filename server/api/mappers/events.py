@@ -143,7 +143,7 @@ def _data_checked_to_proto(payload: DataChecked) -> Event.DataChecked:
 
 
 def _document_to_proto(payload: IndexProgress) -> Event.DocumentIndexed:
-    error = ErrorData("INVALID_ARGUMENT", "DOCUMENT_INVALID", payload.error) if payload.error else None
+    error = ErrorData("INVALID_ARGUMENT", payload.error_reason, payload.error) if payload.error else None
     return Event.DocumentIndexed(
         document_id=payload.document_id,
         documents_done=payload.documents_done,

@@ -96,6 +96,7 @@ def chunk_to_proto(found: RetrievedChunk) -> retrieval_pb2.RetrievedChunk:
         char_end=found.chunk.char_end,
         metadata=metadata_to_proto(found.metadata),
         scores=scores_to_proto(found.scores),
+        heading_path=found.chunk.heading_path,
     )
 
 

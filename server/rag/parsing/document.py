@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from server.domain.documents import DocumentFormat
+
 
 class Fault(StrEnum):
     """Why a document is refused; stable names."""
@@ -86,6 +88,7 @@ class ParsedDocument:
     pages: tuple[Page, ...] = ()
     headings: tuple[Heading, ...] = ()
     warnings: tuple[ParseWarning, ...] = ()
+    format: DocumentFormat | None = None
 
     def find_page(self, place: int) -> int | None:
         """Give the number of the page that a character stands on; None in a document without pages."""

@@ -6,24 +6,10 @@ import json
 import re
 import zipfile
 import zlib
-from enum import StrEnum
 
+from server.domain.documents import DocumentFormat
 from server.rag.parsing.archives import open_archive, refuse_encryption
 from server.rag.parsing.document import DocumentInvalid, Fault
-
-
-class Format(StrEnum):
-    """The formats that are read."""
-
-    PDF = "PDF"
-    DOCX = "DOCX"
-    PPTX = "PPTX"
-    HTML = "HTML"
-    MARKDOWN = "MARKDOWN"
-    PLAIN_TEXT = "PLAIN_TEXT"
-    CSV = "CSV"
-    JSONL = "JSONL"
-
 
 SUPPORTED = "PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV and JSONL"
 _PDF_MARK = b"%PDF-"
@@ -33,12 +19,12 @@ _OLE_MARK = bytes.fromhex("D0CF11E0A1B11AE1")
 _CONTENT_TYPES = "[Content_Types].xml"
 _CONTENT_TYPES_BYTES = 4 << 20
 _OFFICE_KINDS = (
-    (b"wordprocessingml.document.main+xml", Format.DOCX),
-    (b"wordprocessingml.template.main+xml", Format.DOCX),
-    (b"ms-word.document.macroEnabled.main+xml", Format.DOCX),
-    (b"presentationml.presentation.main+xml", Format.PPTX),
-    (b"presentationml.slideshow.main+xml", Format.PPTX),
-    (b"ms-powerpoint.presentation.macroEnabled.main+xml", Format.PPTX),
+    (b"wordprocessingml.document.main+xml", DocumentFormat.DOCX),
+    (b"wordprocessingml.template.main+xml", DocumentFormat.DOCX),
+    (b"ms-word.document.macroEnabled.main+xml", DocumentFormat.DOCX),
+    (b"presentationml.presentation.main+xml", DocumentFormat.PPTX),
+    (b"presentationml.slideshow.main+xml", DocumentFormat.PPTX),
+    (b"ms-powerpoint.presentation.macroEnabled.main+xml", DocumentFormat.PPTX),
 )
 # Formats that someone may take for a document; what is not here and no text either is refused without a name.
 _FOREIGN_MARKS = (
@@ -83,10 +69,10 @@ _LEAST_EVEN_ROWS = 0.9
 _MOST_SPACED_CELLS = 0.5
 
 
-def find_binary_format(data: bytes) -> Format | None:
+def find_binary_format(data: bytes) -> DocumentFormat | None:
     """Tell PDF, DOCX and PPTX by their marks; None where the content may be text. Raises DocumentInvalid for other formats."""
     if data.startswith(_PDF_MARK) or (_PDF_MARK in data[:_PDF_MARK_WITHIN] and _PDF_END in data[-_PDF_MARK_WITHIN:]):
-        return Format.PDF
+        return DocumentFormat.PDF
     if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _find_office_format(data)
     if data.startswith(_OLE_MARK):
@@ -99,7 +85,7 @@ def find_binary_format(data: bytes) -> Format | None:
     return None
 
 
-def _find_office_format(data: bytes) -> Format:
+def _find_office_format(data: bytes) -> DocumentFormat:
     archive = open_archive(data)
     refuse_encryption(archive)
     try:
@@ -119,20 +105,20 @@ def _refuse(name: str) -> DocumentInvalid:
     return DocumentInvalid(Fault.UNSUPPORTED_FORMAT, f"The file is {name}; what is read is {SUPPORTED}.")
 
 
-def find_text_format(text: str) -> Format:
+def find_text_format(text: str) -> DocumentFormat:
     """Tell the formats of text apart; what looks like none of them is plain. Raises DocumentInvalid for XML that is no HTML."""
     sample = text[:_SAMPLE_CHARACTERS]
     if _XML_START.match(sample) and _ENTITY.search(sample):
         raise DocumentInvalid(Fault.XML_ENTITIES, "The file declares XML entities, as bombs do.")
     if _HTML_START.match(sample):
-        return Format.HTML
+        return DocumentFormat.HTML
     if _XML_START.match(sample):
         raise _refuse("XML")
     if _is_jsonl(sample, len(text) > len(sample)):
-        return Format.JSONL
+        return DocumentFormat.JSONL
     if _MARKDOWN_SIGNS.search(sample):
-        return Format.MARKDOWN
-    return Format.CSV if find_delimiter(text) else Format.PLAIN_TEXT
+        return DocumentFormat.MARKDOWN
+    return DocumentFormat.CSV if find_delimiter(text) else DocumentFormat.PLAIN_TEXT
 
 
 def _is_jsonl(sample: str, is_cut: bool) -> bool:

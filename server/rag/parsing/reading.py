@@ -5,10 +5,11 @@ Only the confined child calls this. Parsers are imported when they are needed: e
 
 import re
 
+from server.domain.documents import DocumentFormat
 from server.rag.parsing.arabic import is_reversed
 from server.rag.parsing.decoding import decode_text
 from server.rag.parsing.document import DocumentInvalid, Fault, Limits, ParsedDocument, Parser, ParseWarning, Source
-from server.rag.parsing.formats import Format, find_binary_format, find_text_format
+from server.rag.parsing.formats import find_binary_format, find_text_format
 
 # Scripts that are written without spaces have no words of this kind: Thai, Lao, Burmese, Khmer, Chinese, Japanese, Korean.
 _SPACED = r"[^\s\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\ua4cf\uac00-\ud7af\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
@@ -32,31 +33,31 @@ def read_document(data: bytes, limits: Limits) -> ParsedDocument:
     except Exception as error:
         message = f"The file says that it is {found}, and cannot be read as that: it is damaged ({type(error).__name__})."
         raise DocumentInvalid(Fault.DAMAGED, message) from error
-    return _check(document, limits)
+    return _check(document, found, limits)
 
 
-def _import_parser(found: Format) -> Parser:
+def _import_parser(found: DocumentFormat) -> Parser:
     match found:
-        case Format.PDF:
+        case DocumentFormat.PDF:
             from server.rag.parsing.pdf import parse_pdf as parser
-        case Format.DOCX:
+        case DocumentFormat.DOCX:
             from server.rag.parsing.docx import parse_docx as parser
-        case Format.PPTX:
+        case DocumentFormat.PPTX:
             from server.rag.parsing.pptx import parse_pptx as parser
-        case Format.HTML:
+        case DocumentFormat.HTML:
             from server.rag.parsing.html import parse_html as parser
-        case Format.MARKDOWN:
+        case DocumentFormat.MARKDOWN:
             from server.rag.parsing.markdown import parse_markdown as parser
-        case Format.CSV:
+        case DocumentFormat.CSV:
             from server.rag.parsing.csv import parse_csv as parser
-        case Format.JSONL:
+        case DocumentFormat.JSONL:
             from server.rag.parsing.jsonl import parse_jsonl as parser
-        case Format.PLAIN_TEXT:
+        case DocumentFormat.PLAIN_TEXT:
             from server.rag.parsing.plain_text import parse_plain_text as parser
     return parser
 
 
-def _check(document: ParsedDocument, limits: Limits) -> ParsedDocument:
+def _check(document: ParsedDocument, found: DocumentFormat, limits: Limits) -> ParsedDocument:
     """Refuse what no index can use; warn of what it can use badly."""
     text = document.text
     if not text.strip():
@@ -75,4 +76,4 @@ def _check(document: ParsedDocument, limits: Limits) -> ParsedDocument:
         warnings.append(
             ParseWarning("REVERSED_ARABIC", "The Arabic seems to stand backwards, as drawn, not as read: searches will not find it.")
         )
-    return ParsedDocument(document.title, text, document.pages, document.headings, tuple(warnings))
+    return ParsedDocument(document.title, text, document.pages, document.headings, tuple(warnings), found)

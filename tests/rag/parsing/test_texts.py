@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from server.domain.documents import DocumentFormat
 from server.domain.retrieval import Chunking
 from server.rag.chunking import cut_text
 from server.rag.parsing.document import DocumentInvalid, Fault, Limits, ParsedDocument
-from server.rag.parsing.formats import Format, find_text_format
+from server.rag.parsing.formats import find_text_format
 from server.rag.parsing.reading import read_document
 from tests.rag.test_chunking import WordTokenizer
 
@@ -87,30 +88,30 @@ def test_files_without_text_are_empty(content: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("<!DOCTYPE html><html><body>x</body></html>", Format.HTML),
-        ("<?xml version='1.0'?>\n<!-- a --><!-- b --><html xmlns='x'>", Format.HTML),
-        ("  <div class='a'>x</div>", Format.HTML),
-        ("<3 is a heart, and a < b", Format.PLAIN_TEXT),
-        ("# Heading\n\ntext", Format.MARKDOWN),
-        ("---\ntitle: T\n---\n# Heading", Format.MARKDOWN),
-        ("Heading\n=======\n\ntext", Format.MARKDOWN),
-        ("text\n\n```python\nx\n```\n", Format.MARKDOWN),
-        ("| a | b |\n|---|---|\n| 1 | 2 |", Format.MARKDOWN),
-        ("See [the site](https://example.org).", Format.MARKDOWN),
-        ("a,b,c\n1,2,3\n", Format.CSV),
-        ("الاسم;العمر\nأحمد;٣٠\nسعاد;٢٥", Format.CSV),
-        ("a\tb\n1\t2\n", Format.CSV),
-        ('name,quote\nx,"a, b\nc"\ny,"d"', Format.CSV),
-        ('{"a": 1}\n{"a": 2}\n', Format.JSONL),
-        ('{"a": 1}\nnot json\n', Format.JSONL),
-        ("{curly} words\nmore", Format.PLAIN_TEXT),
-        ("Dear Sir,\nI wrote to you, but you\nnever, ever answered", Format.PLAIN_TEXT),
-        ("One, two.\nThree, four.\n", Format.PLAIN_TEXT),
-        ("Just words", Format.PLAIN_TEXT),
-        ("A text that begins with %PDF-1.7 words.", Format.PLAIN_TEXT),
+        ("<!DOCTYPE html><html><body>x</body></html>", DocumentFormat.HTML),
+        ("<?xml version='1.0'?>\n<!-- a --><!-- b --><html xmlns='x'>", DocumentFormat.HTML),
+        ("  <div class='a'>x</div>", DocumentFormat.HTML),
+        ("<3 is a heart, and a < b", DocumentFormat.PLAIN_TEXT),
+        ("# Heading\n\ntext", DocumentFormat.MARKDOWN),
+        ("---\ntitle: T\n---\n# Heading", DocumentFormat.MARKDOWN),
+        ("Heading\n=======\n\ntext", DocumentFormat.MARKDOWN),
+        ("text\n\n```python\nx\n```\n", DocumentFormat.MARKDOWN),
+        ("| a | b |\n|---|---|\n| 1 | 2 |", DocumentFormat.MARKDOWN),
+        ("See [the site](https://example.org).", DocumentFormat.MARKDOWN),
+        ("a,b,c\n1,2,3\n", DocumentFormat.CSV),
+        ("الاسم;العمر\nأحمد;٣٠\nسعاد;٢٥", DocumentFormat.CSV),
+        ("a\tb\n1\t2\n", DocumentFormat.CSV),
+        ('name,quote\nx,"a, b\nc"\ny,"d"', DocumentFormat.CSV),
+        ('{"a": 1}\n{"a": 2}\n', DocumentFormat.JSONL),
+        ('{"a": 1}\nnot json\n', DocumentFormat.JSONL),
+        ("{curly} words\nmore", DocumentFormat.PLAIN_TEXT),
+        ("Dear Sir,\nI wrote to you, but you\nnever, ever answered", DocumentFormat.PLAIN_TEXT),
+        ("One, two.\nThree, four.\n", DocumentFormat.PLAIN_TEXT),
+        ("Just words", DocumentFormat.PLAIN_TEXT),
+        ("A text that begins with %PDF-1.7 words.", DocumentFormat.PLAIN_TEXT),
     ],
 )
-def test_formats_of_text_are_told_apart(text: str, expected: Format) -> None:
+def test_formats_of_text_are_told_apart(text: str, expected: DocumentFormat) -> None:
     assert find_text_format(text) is expected
 
 
