@@ -26,6 +26,7 @@ from server.db.database import PostgresDatabase
 from server.db.migrate import migrate
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import NewDocument
+from server.domain.embeddings import Embeddings
 from server.domain.events import ResultReady
 from server.domain.generation import EmbedRole
 from server.domain.ids import CHUNK, DOCUMENT, JOB, MODEL, new_id
@@ -84,9 +85,10 @@ class EmbedderEngine:
         vectors = self._embedder.embed(MINILM, texts, EmbedRole.QUERY)
         self._known |= {text: vector.tolist() for text, vector in zip(texts, vectors, strict=True)}
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Give what was embedded."""
-        return [self._known[text] for text in texts]
+        vectors = [self._known[text] for text in texts]
+        return Embeddings(vectors, len(vectors[0]), [0] * len(texts), 0)
 
 
 def read_arcd(path: Path) -> Collection:

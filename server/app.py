@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS
 from server.domain.cross_encoders import CROSS_ENCODERS
+from server.domain.embeddings import Embeddings
 from server.domain.generation import EmbedRole
 from server.settings import Settings
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 # The engine's models may take this share of the machine's memory; training jobs and the database need the rest.
 ENGINE_MEMORY_SHARE = 0.4
-# And its cross-encoders this one.
+# And its embedding models and cross-encoders together this one.
 ENCODERS_MEMORY_SHARE = 0.2
 TOKEN_CACHE_BYTES = 4 << 30  # some 500 million tokens of datasets that were trained on, oldest use dropped first
 STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
@@ -198,7 +199,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     engine = EmbeddedEngine(
         base_models=source,
         versions=store,
-        embedder=_Listing(Embedder(lambda name: source.resolve(name).directory)),
+        embedder=_Listing(Embedder(lambda name: source.resolve(name).directory, shelf)),
         reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
         previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
@@ -208,14 +209,17 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
 
 
 class _Listing:
-    """Gives the vectors of the rag room's embedder as the lists that cross the engine's socket."""
+    """Gives what the rag room's embedder gives as the vocabulary that crosses the engine's socket."""
 
     def __init__(self, embedder: "Embedder") -> None:
         self._embedder = embedder
+        self.is_loaded, self.load = embedder.is_loaded, embedder.load
 
-    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> list[list[float]]:
+    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Embed to unit vectors, one per text."""
-        return cast("list[list[float]]", self._embedder.embed(embedding_model, texts, role).tolist())
+        loaded = self._embedder.load(embedding_model)
+        vectors, token_counts = loaded.encode_counted(texts, role)
+        return Embeddings(cast("list[list[float]]", vectors.tolist()), loaded.dimension, token_counts, loaded.profile.max_tokens)
 
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:

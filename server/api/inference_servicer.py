@@ -9,6 +9,7 @@ from modeltraining.v1 import inference_service_pb2 as pb
 from modeltraining.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from server.api.calls import CURRENT_CALL
+from server.api.mappers.embedding import embed_from_proto, embedded_to_proto
 from server.api.mappers.evaluation import evaluate_from_proto, evaluation_to_proto
 from server.api.mappers.generation import (
     GenerateMessage,
@@ -96,6 +97,13 @@ class InferenceServicer(InferenceServiceServicer):
             check_candidates(found, wanted.candidates)
             found.raise_if_any()
         return evaluation_to_proto(await self._service.evaluator.evaluate(self._organization, wanted))
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context[pb.EmbedRequest, pb.EmbedResponse]) -> pb.EmbedResponse:
+        """Turn texts into vectors."""
+        found = Violations()
+        wanted = embed_from_proto(request, found)
+        found.raise_if_any()
+        return embedded_to_proto(await self._service.embedding.embed(wanted))
 
 
 # What decoding finds bad is told together with what the plain checks find: a generation has no trial run.

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
+from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError, Unavailable, error_from_data
 from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
@@ -71,9 +72,10 @@ class EngineClient:
         """Give the model's context length in tokens."""
         return (await self._call("ReadContextTokens", wire.READ_CONTEXT_TOKENS, wire.ReadContextTokens(model), wire.ContextTokens)).tokens
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Embed to unit vectors, one per text."""
-        return (await self._call("Embed", wire.EMBED, wire.Embed(embedding_model, tuple(texts), role), wire.Vectors)).vectors
+        asked = wire.Embed(embedding_model, tuple(texts), role)
+        return wire.unpack_embeddings(await self._call("Embed", wire.EMBED, asked, wire.Vectors))
 
     async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
         """Score texts for a query by a cross-encoder; None where the time was not enough."""

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Protocol
 
+from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
+from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
@@ -20,13 +22,6 @@ from server.inference.stepping import Mailbox, Stepper
 
 # How often idle models are looked for, as a share of the time after which they are unloaded.
 SWEEP_SHARE = 0.25
-
-
-class Embedder(Protocol):
-    """Embeds texts (rag/embedding.py, injected by app.py). Blocking."""
-
-    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
-        """Give one unit vector per text."""
 
 
 class Reranker(Protocol):
@@ -68,8 +63,7 @@ class EmbeddedEngine:
         self._instance, self._numbers = secrets.token_hex(8), itertools.count()
         self._idle_seconds = idle_seconds
         self._sweeper: asyncio.Task[None] | None = None
-        self._embedder = embedder
-        self._embedding = ThreadPoolExecutor(1, "engine-embeds")
+        self._embedding = EmbeddingLanes(embedder) if embedder is not None else None
         self._reranker, self._reranking = reranker, ThreadPoolExecutor(1, "engine-reranks")
         self._previewer, self._previewing = previewer, ThreadPoolExecutor(1, "engine-previews")
 
@@ -85,7 +79,8 @@ class EmbeddedEngine:
             self._sweeper.cancel()
         await asyncio.to_thread(self._stepper.stop)
         self._residents.stop()
-        self._embedding.shutdown(wait=False, cancel_futures=True)
+        if self._embedding is not None:
+            self._embedding.stop()
         self._reranking.shutdown(wait=False, cancel_futures=True)
         self._previewing.shutdown(wait=False, cancel_futures=True)
 
@@ -123,11 +118,11 @@ class EmbeddedEngine:
         """Drop a version's adapter, or weights that only it needs, and its pin. Running requests end undisturbed."""
         await self._residents.unload(model)
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Embed to unit vectors, one per text, through the injected embedder."""
-        if self._embedder is None:
+        if self._embedding is None:
             raise FailedPrecondition("This engine embeds nothing.", reason="EMBEDDER_MISSING")
-        return await asyncio.get_running_loop().run_in_executor(self._embedding, self._embedder.embed, embedding_model, texts, role)
+        return await self._embedding.embed(embedding_model, texts, role)
 
     async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
         """Score texts for a query through the injected reranker; None where the time, waiting and loading included, was not enough."""

@@ -51,8 +51,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         return wire.ContextTokens(await engine.read_context_tokens(request.model))
 
     async def embed(request: wire.Embed) -> wire.UnaryReply:
-        vectors = await engine.embed(request.embedding_model, request.texts, request.role)
-        return wire.Vectors(tuple(tuple(vector) for vector in vectors))
+        return wire.pack_embeddings(await engine.embed(request.embedding_model, request.texts, request.role))
 
     async def rerank(request: wire.Rerank) -> wire.UnaryReply:
         return wire.RerankScores(await engine.rerank(request.model, request.query, request.texts, request.timeout_seconds))

@@ -1,9 +1,13 @@
 """What crosses the border between api and engine: the methods' names and their messages, as dataclasses in JSON. Knows no torch."""
 
+import base64
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
+from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
 from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference
@@ -118,10 +122,27 @@ class ContextTokens:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """One vector per text."""
+    """One vector per text, one after the other as float32 (base64): as JSON numbers they would take longer than the embedding."""
 
-    vectors: Sequence[Sequence[float]]
+    packed: str
+    dimension: int
+    token_counts: Sequence[int]
+    max_tokens: int
     kind: Literal["vectors"] = "vectors"
+
+
+def pack_embeddings(embeddings: Embeddings) -> Vectors:
+    """Write embeddings as a message."""
+    numbers = array("f", chain.from_iterable(embeddings.vectors))
+    packed = base64.b64encode(numbers.tobytes()).decode("ascii")
+    return Vectors(packed, embeddings.dimension, tuple(embeddings.token_counts), embeddings.max_tokens)
+
+
+def unpack_embeddings(message: Vectors) -> Embeddings:
+    """Read what `pack_embeddings` wrote."""
+    numbers, width = array("f", base64.b64decode(message.packed)), message.dimension
+    rows = [numbers[first : first + width] for first in range(0, len(numbers), width)]
+    return Embeddings(rows, width, message.token_counts, message.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
 """Turns texts into unit vectors with any embedding model on disk (torch). Knows no database and no documents."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from server.domain.catalogue import Pooling
 from server.domain.errors import ServiceError
 from server.domain.generation import EmbedRole
+from server.rag.batches import cut_batches
 from server.rag.profiles import EmbeddingProfile, canonical_name, check_supported, read_profile, refuse
+from server.rag.shelf import Shelf
 from server.rag.tokenization import EmbeddingTokenizer
 
 if TYPE_CHECKING:
@@ -25,14 +27,13 @@ Vectors = npt.NDArray[np.float32]
 
 # Tokens in one forward pass, padding included: small enough for a CPU's caches (measured on MiniLM), large enough to fill a GPU.
 TOKENS_PER_BATCH = {"cpu": 2_048, "cuda": 65_536}
-MAX_LOADED_MODELS = 2
 
 
 class _Encoder(Protocol):
-    """A model that gives one vector per sequence of token ids."""
+    """A model that gives one vector per text."""
 
-    def encode(self, texts: Sequence[str], role: EmbedRole) -> Vectors:
-        """Give float32 [texts, dimension], each row of length 1."""
+    def encode_counted(self, texts: Sequence[str], role: EmbedRole) -> tuple[Vectors, list[int]]:
+        """Give float32 [texts, dimension], each row of length 1, and the tokens of each whole text."""
 
 
 class LoadedModel:
@@ -41,55 +42,53 @@ class LoadedModel:
     def __init__(self, profile: EmbeddingProfile, tokenizer: EmbeddingTokenizer, encoder: _Encoder, dimension: int) -> None:
         self.profile = profile
         self.tokenizer = tokenizer
-        self.encoder = encoder
+        self._encoder = encoder
         self.dimension = dimension
+
+    def encode(self, texts: Sequence[str], role: EmbedRole) -> Vectors:
+        """Give float32 [texts, dimension], each row of length 1; text beyond what the model reads is cut off."""
+        return self.encode_counted(texts, role)[0]
+
+    def encode_counted(self, texts: Sequence[str], role: EmbedRole) -> tuple[Vectors, list[int]]:
+        """Do the same, and give the tokens of each whole text, special ones and prefix included."""
+        if not texts:
+            return np.zeros((0, self.dimension), dtype=np.float32), []
+        return self._encoder.encode_counted(texts, role)
 
 
 class Embedder:
-    """Holds a few embedding models in memory and embeds with them. Any thread may call it."""
+    """Embeds with models that are loaded at first use and held on a shelf. Any thread may call it."""
 
-    def __init__(
-        self, resolve: Callable[[str], Path], *, device: str = "cpu", max_loaded_models: int = MAX_LOADED_MODELS
-    ) -> None:  # fmt: skip
-        """`resolve` gives the checked local directory of an embedding model (hub name, alias or path); its errors go to the caller."""
+    def __init__(self, resolve: Callable[[str], Path], shelf: Shelf | None = None, *, device: str = "cpu") -> None:
+        """`resolve` gives the checked local directory of an embedding model (hub name, alias or path); its errors go to the caller.
+
+        Without a shelf the models may take all of the machine's memory.
+        """
         self._resolve = resolve
+        self._shelf = shelf or Shelf(psutil.virtual_memory().total)
         self._device = torch.device(device)
-        self._max_loaded_models = max_loaded_models
-        self._loaded: OrderedDict[str, LoadedModel] = OrderedDict()
-        self._lock = threading.Lock()
-        self._loading = threading.Lock()
 
     def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Vectors:
         """Embed to float32 [texts, dimension], each row of length 1; text beyond what the model reads is cut off.
 
-        Raises FailedPrecondition where the model cannot be used here, and whatever `resolve` raises.
+        Raises FailedPrecondition where the model cannot be used here, ResourceExhausted where it does not fit into the memory, and
+        whatever `resolve` raises.
         """
-        loaded = self.load(embedding_model)
-        if not texts:
-            return np.zeros((0, loaded.dimension), dtype=np.float32)
-        return loaded.encoder.encode(texts, role)
+        return self.load(embedding_model).encode(texts, role)
+
+    def is_loaded(self, embedding_model: str) -> bool:
+        """Tell whether the model is in memory."""
+        return self._shelf.has(LoadedModel, canonical_name(embedding_model))
 
     def load(self, embedding_model: str) -> LoadedModel:
         """Give the model, loaded at first use; the one that was not used for longest is dropped. Raises as `embed` does."""
         name = canonical_name(embedding_model)
-        if found := self._find(name):
-            return found
-        with self._loading:
-            if found := self._find(name):
-                return found
-            check_supported(name)
-            loaded = _load(name, self._resolve(name), self._device)
-            with self._lock:
-                self._loaded[name] = loaded
-                while len(self._loaded) > self._max_loaded_models:
-                    self._loaded.popitem(last=False)
-            return loaded
 
-    def _find(self, name: str) -> LoadedModel | None:
-        with self._lock:
-            if name in self._loaded:
-                self._loaded.move_to_end(name)
-            return self._loaded.get(name)
+        def find() -> Path:
+            check_supported(name)
+            return self._resolve(name)
+
+        return self._shelf.take(LoadedModel, name, find, lambda directory: _load(name, directory, self._device))
 
 
 def _load(embedding_model: str, directory: Path, device: torch.device) -> LoadedModel:
@@ -126,7 +125,7 @@ def _load_by_library(profile: EmbeddingProfile, directory: Path, device: torch.d
     dimension = model.get_embedding_dimension()
     if dimension is None:
         raise ValueError("the model does not say how long its vectors are")
-    return LoadedModel(profile, own, _LibraryEncoder(model, profile), dimension)
+    return LoadedModel(profile, own, _LibraryEncoder(model, own, profile), dimension)
 
 
 def _wrap_tokenizer(tokenizer: PreTrainedTokenizerBase, profile: EmbeddingProfile) -> EmbeddingTokenizer:
@@ -145,14 +144,14 @@ class _TransformerEncoder:
         self._pad_id = pad_id
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], role: EmbedRole) -> Vectors:
-        """Give float32 [texts, dimension], each row of length 1."""
-        sequences = self._tokenizer.encode(texts, role)
-        order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]), reverse=True)
+    def encode_counted(self, texts: Sequence[str], role: EmbedRole) -> tuple[Vectors, list[int]]:
+        """Give float32 [texts, dimension], each row of length 1, and the tokens of each whole text."""
+        sequences, token_counts = self._tokenizer.encode(texts, role)
         vectors = np.empty((len(sequences), int(self._model.config.hidden_size)), dtype=np.float32)
-        for batch in _batch(order, sequences, TOKENS_PER_BATCH.get(self._model.device.type, TOKENS_PER_BATCH["cpu"])):
+        tokens_per_batch = TOKENS_PER_BATCH.get(self._model.device.type, TOKENS_PER_BATCH["cpu"])
+        for batch in cut_batches([len(ids) for ids in sequences], tokens_per_batch):
             vectors[batch] = self._encode_batch([sequences[place] for place in batch]).numpy(force=True)
-        return vectors
+        return vectors, token_counts
 
     def _encode_batch(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Give float32 [sequences, dimension] for sequences of falling length."""
@@ -168,19 +167,6 @@ class _TransformerEncoder:
         return torch.nn.functional.normalize(_pool(states, mask, self._pooling).float(), dim=-1)
 
 
-def _batch(order: Sequence[int], sequences: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
-    """Cut places in falling order of length into batches of at most so many tokens, padding included; of one text at least."""
-    batches: list[list[int]] = []
-    room = 0
-    for place in order:
-        if room <= 0:
-            batches.append([])
-            room = max(1, tokens_per_batch // max(1, len(sequences[place])))
-        batches[-1].append(place)
-        room -= 1
-    return batches
-
-
 def _pool(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     """Make [texts, dimension] of [texts, tokens, dimension], up to length; padding (mask 0) counts nothing."""
     if pooling is Pooling.CLS:
@@ -192,15 +178,16 @@ def _pool(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
 class _LibraryEncoder:
     """Modules that only Sentence Transformers can run (dense layers, other poolings)."""
 
-    def __init__(self, model: "SentenceTransformer", profile: EmbeddingProfile) -> None:
+    def __init__(self, model: "SentenceTransformer", tokenizer: EmbeddingTokenizer, profile: EmbeddingProfile) -> None:
         self._model = model
+        self._tokenizer = tokenizer
         self._profile = profile
         # Its tokenizer changes its settings in each call.
         self._lock = threading.Lock()
 
-    def encode(self, texts: Sequence[str], role: EmbedRole) -> Vectors:
-        """Give float32 [texts, dimension], each row of length 1."""
+    def encode_counted(self, texts: Sequence[str], role: EmbedRole) -> tuple[Vectors, list[int]]:
+        """Give float32 [texts, dimension], each row of length 1, and the tokens of each whole text."""
         prefix = self._profile.query_prefix if role is EmbedRole.QUERY else self._profile.passage_prefix
         with self._lock:
             vectors = self._model.encode(list(texts), prompt=prefix, normalize_embeddings=True, show_progress_bar=False)
-        return np.asarray(vectors, dtype=np.float32)
+        return np.asarray(vectors, dtype=np.float32), self._tokenizer.count_tokens(texts, role)

@@ -136,7 +136,7 @@ def _embed(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[
         if should_stop():
             return None
         passages = write_passages(chunks[first : first + CHUNKS_PER_GROUP], loaded.tokenizer)
-        rows.append(loaded.encoder.encode(passages, EmbedRole.PASSAGE))
+        rows.append(loaded.encode(passages, EmbedRole.PASSAGE))
     return np.concatenate(rows)
 
 

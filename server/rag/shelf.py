@@ -46,6 +46,11 @@ class Shelf:
                 self._held[key] = (model, size_bytes)
             return model
 
+    def has(self, kind: type[object], name: str) -> bool:
+        """Tell whether a model is held."""
+        with self._lock:
+            return f"{kind.__name__} {name}" in self._held
+
     def _find(self, key: str) -> object | None:
         with self._lock:
             if key not in self._held:

@@ -1,6 +1,7 @@
 """An embedding model's tokenizer as passages and queries go through it: prepared, prefixed, with its special tokens. No torch."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
@@ -10,14 +11,14 @@ from server.rag.profiles import EmbeddingProfile
 
 
 class EmbeddingTokenizer:
-    """Counts, finds and encodes tokens. Its two tokenizers are never changed after this, so any thread may use it."""
+    """Counts, finds and encodes tokens. Its tokenizer is never changed after this, so any thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, profile: EmbeddingProfile) -> None:
         self._profile = profile
         self._whole = _copy(tokenizer)
-        self._bounded = _copy(tokenizer)
-        self._bounded.enable_truncation(profile.max_tokens)
         self._overhead_tokens = len(self._whole.encode(profile.passage_prefix).ids)
+        # Special tokens behind a text: a text that is cut off still ends in them.
+        self._closing_ids = _find_closing(self._whole)
 
     @property
     def max_tokens(self) -> int:
@@ -29,9 +30,9 @@ class EmbeddingTokenizer:
         """The tokens that special ones and the passage prefix take."""
         return self._overhead_tokens
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Count each passage's tokens, overhead included, nothing cut off."""
-        prepared = self._prepare(texts, EmbedRole.PASSAGE)
+    def count_tokens(self, texts: Sequence[str], role: EmbedRole = EmbedRole.PASSAGE) -> list[int]:
+        """Count each text's tokens, overhead included, nothing cut off."""
+        prepared = self._prepare(texts, role)
         return [len(encoding.ids) for encoding in self._whole.encode_batch_fast(prepared)]
 
     def find_tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -43,13 +44,22 @@ class EmbeddingTokenizer:
             for one, encoding in zip(prepared, encodings, strict=True)
         ]
 
-    def encode(self, texts: Sequence[str], role: EmbedRole) -> list[list[int]]:
-        """Give each text's token ids, cut off where the model stops reading."""
-        return [encoding.ids for encoding in self._bounded.encode_batch_fast(self._prepare(texts, role))]
+    def encode(self, texts: Sequence[str], role: EmbedRole) -> tuple[list[list[int]], list[int]]:
+        """Give each text's token ids, cut off where the model stops reading, and how many tokens the whole text has."""
+        whole = [encoding.ids for encoding in self._whole.encode_batch_fast(self._prepare(texts, role))]
+        kept_tokens = self.max_tokens - len(self._closing_ids)
+        ids = [each if len(each) <= self.max_tokens else each[:kept_tokens] + self._closing_ids for each in whole]
+        return ids, [len(each) for each in whole]
 
     def _prepare(self, texts: Sequence[str], role: EmbedRole) -> list[str]:
         prefix = self._profile.query_prefix if role is EmbedRole.QUERY else self._profile.passage_prefix
         return [prefix + prepare_text(text, self._profile.preparation).text for text in texts]
+
+
+def _find_closing(tokenizer: Tokenizer) -> list[int]:
+    empty, some = tokenizer.encode(""), tokenizer.encode("a")
+    closing = len(list(takewhile(bool, reversed(some.special_tokens_mask))))
+    return empty.ids[len(empty.ids) - closing :] if closing else []
 
 
 def _copy(tokenizer: Tokenizer) -> Tokenizer:

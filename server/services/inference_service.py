@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from server.domain.generation import GenerationRequest, ModelReference
+from server.services.embedding import Embedding
 from server.services.generating import AnswerEvent, Generation, collect, generate_choices, limit_time
 from server.services.ports import Engine
 from server.services.rag_answers import RagAnswers
@@ -25,13 +26,14 @@ class GenerationStream:
 
 
 class InferenceService:
-    """Use cases of generation; searches are in `retrieval` and `evaluator`, answers from documents in `rag`."""
+    """Use cases of generation; searches are in `retrieval` and `evaluator`, vectors in `embedding`, answers from documents in `rag`."""
 
     def __init__(self, engine: Engine, references: References, retrieval: Retrieval, evaluator: RetrievalEvaluator) -> None:
         self._engine = engine
         self._references = references
         self.retrieval = retrieval
         self.evaluator = evaluator
+        self.embedding = Embedding(engine)
         self.rag = RagAnswers(retrieval, engine, references)
 
     async def generate(self, organization: str, request: Generate, request_id: str) -> Generation:

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
 from server.domain.findings import Finding
-from server.domain.generation import ChatMessage, GenerationParameters, Priority
+from server.domain.generation import ChatMessage, EmbedRole, GenerationParameters, Priority
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import MetadataValue, RetrievalOverrides
@@ -200,6 +200,15 @@ class Generate:
     messages: Sequence[ChatMessage] = ()
     timeout_seconds: float | None = None
     priority: Priority = Priority.NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Texts to turn into vectors."""
+
+    embedding_model: str
+    texts: Sequence[str]
+    role: EmbedRole | None
 
 
 @dataclass(frozen=True, slots=True)

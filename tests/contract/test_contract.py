@@ -65,6 +65,7 @@ PROMISED = (
     ("post", "/rag/inference/stream", "InferenceService.StreamRagGenerate"),
     ("post", "/rag/retrieve", "InferenceService.Retrieve"),
     ("post", "/rag/evaluate", "InferenceService.EvaluateRetrieval"),
+    ("post", "/embeddings", "InferenceService.Embed"),
 )
 
 # What the body of a request is, where it is not the whole message.

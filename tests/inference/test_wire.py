@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from server.domain.embeddings import Embeddings
 from server.domain.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.generation import EmbedRole, FinishReason, ModelReference, TokenLogprob
 from server.inference.batching import BatchLimits
@@ -110,10 +111,16 @@ async def test_typed_errors_are_raised_again_as_what_they_were(served: Served) -
 
 async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Path], tmp_path: Path, socket_path: Path) -> None:
     class Lengths:
-        def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Sequence[Sequence[float]]:
+        def is_loaded(self, embedding_model: str) -> bool:
+            return False
+
+        def load(self, embedding_model: str) -> None:
             if embedding_model != "lengths":
                 raise NotFound.of("embedding model", embedding_model)
-            return [[float(len(text)), 1.0 if role is EmbedRole.QUERY else 2.0] for text in texts]
+
+        def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+            vectors = [[len(text) / 3, 1.0 if role is EmbedRole.QUERY else 2.0] for text in texts]
+            return Embeddings(vectors, 2, [len(text) for text in texts], 7)
 
     engine = EmbeddedEngine(
         base_models=Directories({}),
@@ -124,8 +131,9 @@ async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Pat
     )
     served = Served(engine, socket_path)
     await served.ready.wait()
-    vectors = await served.client.embed("lengths", ["a", "bcd"], EmbedRole.QUERY)
-    assert [list(vector) for vector in vectors] == [[1.0, 1.0], [3.0, 1.0]]
+    given = await served.client.embed("lengths", ["a", "bcd"], EmbedRole.QUERY)
+    assert [list(vector) for vector in given.vectors] == [[pytest.approx(1 / 3, abs=1e-7), 1.0], [1.0, 1.0]]
+    assert (given.dimension, given.token_counts, given.max_tokens) == (2, [1, 3], 7)
     with pytest.raises(NotFound):
         await served.client.embed("other", ["a"], EmbedRole.PASSAGE)
     await served.end()

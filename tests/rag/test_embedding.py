@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
+from transformers import AutoTokenizer
 
-from server.domain.errors import FailedPrecondition
+from server.domain.errors import FailedPrecondition, ResourceExhausted
 from server.domain.generation import EmbedRole
 from server.rag.embedding import Embedder, Vectors
+from server.rag.shelf import Shelf, measure_weights
 from tests.rag.conftest import MINILM
 from tests.rag.tiny_encoders import build_tiny_xlm_roberta, write_modules
 from tests.tiny_models import build_tiny_embedding_model
@@ -161,7 +164,7 @@ def test_a_model_is_loaded_once_however_it_is_called_and_the_oldest_is_dropped(t
         asked.append(name)
         return directory
 
-    embedder = Embedder(resolve, max_loaded_models=2)
+    embedder = Embedder(resolve, Shelf(2 * measure_weights(directory)))
     threads = [threading.Thread(target=embedder.load, args=(name,)) for name in ("bge-m3", "BAAI/bge-m3", "BGE-M3")]
     for thread in threads:
         thread.start()
@@ -171,6 +174,27 @@ def test_a_model_is_loaded_once_however_it_is_called_and_the_oldest_is_dropped(t
     for name in ("b", "bge-m3", "c", "bge-m3", "b"):
         embedder.load(name)
     assert asked == ["BAAI/bge-m3", "b", "c", "b"]
+    assert [embedder.is_loaded(name) for name in ("bge-m3", "BAAI/bge-m3", "b", "c")] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("make", [build_tiny_xlm_roberta, build_tiny_embedding_model])
+def test_tokens_are_counted_whole_and_what_is_beyond_the_length_is_cut_as_the_library_does(
+    tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    directory = make(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    loaded = Embedder({"x": directory}.__getitem__).load("x")
+    texts = ["", "maps", "old bridge " * 200, "maps </s> [SEP]", "a " * 62, "a " * 63]
+    ids, counts = loaded.tokenizer.encode(texts, EmbedRole.QUERY)
+    assert counts == [len(tokenizer(text).input_ids) for text in texts]
+    assert ids == [tokenizer(text, truncation=True, max_length=64).input_ids for text in texts]
+    assert loaded.encode_counted(texts, EmbedRole.PASSAGE)[1] == counts
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    directory = build_tiny_xlm_roberta(tmp_path)
+    with pytest.raises(ResourceExhausted, match=r"m takes 0 MiB of memory as float32"):
+        Embedder({"m": directory}.__getitem__, Shelf(measure_weights(directory) - 1)).embed("m", ["x"], EmbedRole.QUERY)
 
 
 def test_no_texts_give_no_vectors_and_odd_ones_do_no_harm(minilm: Embedder) -> None:

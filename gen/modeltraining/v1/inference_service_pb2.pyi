@@ -954,3 +954,128 @@ class EvaluateRetrievalResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvaluateRetrievalResponse: _TypeAlias = EvaluateRetrievalResponse  # noqa: Y015
+
+@_typing.final
+class EmbedRequest(_message.Message):
+    """Asks for the vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Role:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EmbedRequest._Role.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ROLE_UNSPECIFIED: EmbedRequest._Role.ValueType  # 0
+        """Refused."""
+        ROLE_QUERY: EmbedRequest._Role.ValueType  # 1
+        """What is searched for."""
+        ROLE_PASSAGE: EmbedRequest._Role.ValueType  # 2
+        """What is searched."""
+
+    class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+        """What the texts are. Some models put another prefix before each."""
+
+    ROLE_UNSPECIFIED: EmbedRequest.Role.ValueType  # 0
+    """Refused."""
+    ROLE_QUERY: EmbedRequest.Role.ValueType  # 1
+    """What is searched for."""
+    ROLE_PASSAGE: EmbedRequest.Role.ValueType  # 2
+    """What is searched."""
+
+    EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    embedding_model: _builtins.str
+    """Embedding model by hub name, alias or path. Required."""
+    role: Global___EmbedRequest.Role.ValueType
+    """What they are. Required."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts, 1 to 256, each of 1 to 100,000 characters, together at most 1,000,000."""
+
+    def __init__(
+        self,
+        *,
+        embedding_model: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        role: Global___EmbedRequest.Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "role", b"role", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
+
+@_typing.final
+class EmbedResponse(_message.Message):
+    """The vectors of texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Embedding(_message.Message):
+        """The vector of one text."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        VALUES_FIELD_NUMBER: _builtins.int
+        TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+        TRUNCATED_FIELD_NUMBER: _builtins.int
+        token_count: _builtins.int
+        """Tokens of the whole text, special ones and the prefix included."""
+        truncated: _builtins.bool
+        """True: the text has more tokens than the model reads, and what is beyond was left out."""
+        @_builtins.property
+        def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """The numbers, `dimension` of them, in float32; the length of the vector is 1."""
+
+        def __init__(
+            self,
+            *,
+            values: _abc.Iterable[_builtins.float] | None = ...,
+            token_count: _builtins.int = ...,
+            truncated: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["token_count", b"token_count", "truncated", b"truncated", "values", b"values"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    embedding_model: _builtins.str
+    """The model by its hub name or path."""
+    dimension: _builtins.int
+    """Length of each vector."""
+    max_tokens: _builtins.int
+    """Longest text that the model reads, in its own tokens, special ones and the prefix included."""
+    total_tokens: _builtins.int
+    """Tokens that the model read, of all texts together."""
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedResponse.Embedding]:
+        """One for each text, in their order."""
+
+    def __init__(
+        self,
+        *,
+        embedding_model: _builtins.str = ...,
+        dimension: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
+        embeddings: _abc.Iterable[Global___EmbedResponse.Embedding] | None = ...,
+        total_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimension", b"dimension", "embedding_model", b"embedding_model", "embeddings", b"embeddings", "max_tokens", b"max_tokens", "total_tokens", b"total_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015

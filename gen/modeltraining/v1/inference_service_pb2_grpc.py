@@ -65,6 +65,11 @@ class InferenceServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/modeltraining.v1.InferenceService/Embed',
+                request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -113,6 +118,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turns texts into vectors, with the pooling, prefix and preparation that the embedding model was trained with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.EvaluateRetrieval,
                     request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.EmbedRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +327,33 @@ class InferenceService:
             '/modeltraining.v1.InferenceService/EvaluateRetrieval',
             modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalRequest.SerializeToString,
             modeltraining_dot_v1_dot_inference__service__pb2.EvaluateRetrievalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.InferenceService/Embed',
+            modeltraining_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+            modeltraining_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class InferenceServiceStub:
     """Finds chunks in the documents of a RAG model, with each of their scores; generates nothing."""
     EvaluateRetrieval: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EvaluateRetrievalRequest, _inference_service_pb2.EvaluateRetrievalResponse]
     """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]
+    """Turns texts into vectors, with the pooling, prefix and preparation that the embedding model was trained with."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -63,6 +65,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Finds chunks in the documents of a RAG model, with each of their scores; generates nothing."""
     EvaluateRetrieval: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EvaluateRetrievalRequest, _inference_service_pb2.EvaluateRetrievalResponse]  # type: ignore[assignment]
     """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EmbedRequest, _inference_service_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Turns texts into vectors, with the pooling, prefix and preparation that the embedding model was trained with."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generation with base and fine-tuned models, retrieval, and answers from retrieved documents."""
@@ -114,5 +118,13 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.EvaluateRetrievalResponse, _abc.Awaitable[_inference_service_pb2.EvaluateRetrievalResponse]]:
         """Measures how well a RAG model finds what answers given queries, with its own settings or with several, compared pairwise."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_service_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.EmbedResponse, _abc.Awaitable[_inference_service_pb2.EmbedResponse]]:
+        """Turns texts into vectors, with the pooling, prefix and preparation that the embedding model was trained with."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
