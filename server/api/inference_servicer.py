@@ -13,10 +13,14 @@ from server.api.mappers.embedding import embed_from_proto, embedded_to_proto
 from server.api.mappers.evaluation import evaluate_from_proto, evaluation_to_proto
 from server.api.mappers.generation import (
     GenerateMessage,
+    PromptMessage,
+    count_to_proto,
     delta_to_proto,
     finished_to_proto,
     generate_from_proto,
     generation_to_proto,
+    prompt_from_proto,
+    rendering_to_proto,
 )
 from server.api.mappers.rag import RagMessage, rag_answer_to_proto, rag_event_to_proto, rag_generate_from_proto
 from server.api.mappers.retrieval import retrieve_from_proto, retrieved_to_proto
@@ -60,6 +64,20 @@ class InferenceServicer(InferenceServiceServicer):
                         yield pb.StreamGenerateResponse(finished=finished_to_proto(event, stream.model))
                     case None:
                         yield pb.StreamGenerateResponse(heartbeat=pb.Heartbeat())
+
+    async def CountTokens(
+        self, request: pb.CountTokensRequest, context: Context[pb.CountTokensRequest, pb.CountTokensResponse]
+    ) -> pb.CountTokensResponse:
+        """Count a prompt's tokens."""
+        wanted = _decode_prompt(request)
+        return count_to_proto(await self._service.render(self._organization, wanted, CURRENT_CALL.get().call_id))
+
+    async def RenderPrompt(
+        self, request: pb.RenderPromptRequest, context: Context[pb.RenderPromptRequest, pb.RenderPromptResponse]
+    ) -> pb.RenderPromptResponse:
+        """Render a prompt."""
+        wanted = _decode_prompt(request)
+        return rendering_to_proto(await self._service.render(self._organization, wanted, CURRENT_CALL.get().call_id))
 
     async def RagGenerate(
         self, request: pb.RagGenerateRequest, context: Context[pb.RagGenerateRequest, pb.RagGenerateResponse]
@@ -115,6 +133,15 @@ def _decode_generate(request: GenerateMessage) -> Generate:
     if found.found:
         check_messages(found, wanted.messages)
         check_generation(found, wanted.parameters)
+        found.raise_if_any()
+    return wanted
+
+
+def _decode_prompt(request: PromptMessage) -> Generate:
+    found = Violations()
+    wanted = prompt_from_proto(request, found)
+    if found.found:
+        check_messages(found, wanted.messages)
         found.raise_if_any()
     return wanted
 

@@ -171,8 +171,7 @@ MAX_CLOSING_CHARACTERS = 200
 
 def _says(message: Message, text: str) -> bool:
     """Tell whether the text has the message's words and calls."""
-    calls = message.tool_calls if isinstance(message, Turn) else ()
-    return message.content.strip() in text and all(call.name in text for call in calls)
+    return message.content.strip() in text and all(call.name in text for call in message.tool_calls)
 
 
 def _find_dropped(messages: Sequence[Message], tools: Sequence[str], text: str) -> tuple[str, ...]:
@@ -202,15 +201,13 @@ def _count_common(first: str, second: str) -> int:
 def _to_template(message: Message) -> dict[str, Any]:
     """Write a message as chat templates expect it: JSON of any depth where it has calls."""
     plain: dict[str, Any] = {"role": message.role.value, "content": message.content}
-    if isinstance(message, ChatMessage):
-        return plain
     if message.tool_calls:
         plain["tool_calls"] = [
             {"type": "function", **({"id": call.call_id} if call.call_id else {})}
             | {"function": {"name": call.name, "arguments": json.loads(call.arguments)}}
             for call in message.tool_calls
         ]
-    if message.role is TurnRole.TOOL:
+    if message.role in (TurnRole.TOOL, Role.TOOL):
         plain |= {key: value for key, value in (("name", message.name), ("tool_call_id", message.call_id)) if value}
     return plain
 

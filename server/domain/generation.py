@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from server.domain.records import ToolCall
+
 
 class Role(StrEnum):
     """Who speaks."""
@@ -12,14 +14,18 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a conversation."""
+    """One turn of a conversation. The assistant may call tools; `name` and `call_id` say which tool answers to which call."""
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,13 @@ class GenerationParameters:
     constraint: OutputConstraint | None = None
 
 
+class HistoryPolicy(StrEnum):
+    """What becomes of a conversation that leaves no room for an answer: refused, or its oldest turns are left out."""
+
+    REFUSE = "REFUSE"
+    DROP_OLDEST = "DROP_OLDEST"
+
+
 class Priority(StrEnum):
     """Who comes first where requests wait for a place: a head start on those that arrived earlier, so that nobody waits for ever."""
 
@@ -75,7 +88,10 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One generation. Exactly one of `prompt` (continued as it is) and `messages` (through the chat template) is set."""
+    """One generation. Exactly one of `prompt` (continued as it is) and `messages` (through the chat template) is set.
+
+    `tools` are JSON texts, as in records; with `echo_prompt` the end of the answer says what the model was given.
+    """
 
     request_id: str
     model: ModelReference
@@ -83,6 +99,20 @@ class GenerationRequest:
     prompt: str | None = None
     messages: Sequence[ChatMessage] = ()
     priority: Priority = Priority.NORMAL
+    tools: tuple[str, ...] = ()
+    history: HistoryPolicy = HistoryPolicy.REFUSE
+    echo_prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """What a model would be given, and what it takes together with an answer; `dropped_messages` were left out, oldest first."""
+
+    text: str
+    token_ids: Sequence[int]
+    context_tokens: int
+    dropped_messages: int = 0
+    kind: Literal["rendered"] = "rendered"
 
 
 class FinishReason(StrEnum):
@@ -146,6 +176,8 @@ class GenerationFinished:
     usage: TokenUsage
     timings: Timings
     seed: int
+    dropped_messages: int = 0
+    rendered_prompt: str | None = None
     kind: Literal["finished"] = "finished"
 
 

@@ -12,7 +12,7 @@ from grpc import ChannelConnectivity, StatusCode, aio
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError, Unavailable, error_from_data
-from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
+from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, RenderedPrompt, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
 from server.inference import wire
 from server.services.codec import Codec
@@ -67,6 +67,10 @@ class EngineClient:
     async def count_tokens(self, model: ModelReference, texts: Sequence[str]) -> Sequence[int]:
         """Count tokens by the model's own tokenizer, without special tokens."""
         return (await self._call("CountTokens", wire.COUNT_TOKENS, wire.CountTokens(model, tuple(texts)), wire.TokenCounts)).counts
+
+    async def render(self, request: GenerationRequest) -> RenderedPrompt:
+        """Give what the model would be given for a request; a prompt over the context is no error here."""
+        return await self._call("Render", wire.GENERATE, request, RenderedPrompt)
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give the model's context length in tokens."""

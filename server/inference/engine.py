@@ -12,7 +12,7 @@ from typing import Protocol
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
-from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, TokenEvent
+from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, RenderedPrompt, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
@@ -104,6 +104,13 @@ class EmbeddedEngine:
         async with self._residents.use(model) as use:
             tokenizer = use.voice.tokenizer
             return await asyncio.to_thread(lambda: [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts])
+
+    async def render(self, request: GenerationRequest) -> RenderedPrompt:
+        """Give what the model would be given for a request; a prompt over the context is no error here."""
+        async with self._residents.use(request.model) as use:
+            context = use.model.count_context_tokens(use.adapter)
+            built = await asyncio.to_thread(use.voice.prompts.build, request, context)
+            return RenderedPrompt(built.text, built.token_ids, context, built.dropped_messages)
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give what a prompt and its answer may take together, in tokens."""

@@ -34,6 +34,8 @@ class Generation:
     received_seconds: float = field(default_factory=time.monotonic)
     load_seconds: float = 0.0
     adapter_load_seconds: float = 0.0
+    dropped_messages: int = 0
+    rendered_prompt: str | None = None
     queued_seconds: float = field(default_factory=time.monotonic)
     started_seconds: float = 0.0
     first_token_seconds: float = 0.0
@@ -73,4 +75,4 @@ class Generation:
         queued = self.started_seconds - self.queued_seconds
         timings = Timings(queued, self.first_token_seconds - start, end - start, self.load_seconds, self.adapter_load_seconds)
         usage = TokenUsage(len(self.prompt_ids), self.generated_tokens)
-        return GenerationFinished(reason, usage, timings, self.sampling.seed)
+        return GenerationFinished(reason, usage, timings, self.sampling.seed, self.dropped_messages, self.rendered_prompt)

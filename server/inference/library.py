@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
-from server.basemodels.rendering import PROBE, find_stop_token_ids, render, render_completion
 from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationParameters, GenerationRequest, ModelReference
@@ -29,11 +28,10 @@ from server.inference.decoder import Decoder
 from server.inference.generations import Generation
 from server.inference.lora import NamedAdapter
 from server.inference.plans import Addition, Opened, ServingPlan, VersionFiles, Weights
+from server.inference.prompts import DEFAULT_NEW_TOKENS, PromptBuilder
 from server.inference.sampling import SamplingState
 from server.inference.transcript import Transcript
 
-# What a request without max_tokens gets, where the context has room for it.
-DEFAULT_NEW_TOKENS = 512
 # Seeds that the engine draws fit an int32, so that they survive JSON as numbers.
 SEED_BITS = 31
 
@@ -61,14 +59,19 @@ class BaseModelResolver(Protocol):
 
 @dataclass(frozen=True)
 class Voice:
-    """What turns requests to tokens and back: a tokenizer with its chat template, the tokens that end an answer, and forms for answers."""
+    """What turns requests to tokens and back: a tokenizer, its chat template, the tokens that end an answer, and forms for answers."""
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
-    forms: FormReader = field(init=False)
+    prompts: PromptBuilder
+    forms: FormReader
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "forms", FormReader(self.tokenizer, self.stop_ids))
+    @classmethod
+    def make(cls, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> "Voice":
+        """Find out how answers end. Without `generation_config` the model's own list of end tokens does not count."""
+        prompts = PromptBuilder(tokenizer)
+        stop_ids = find_stop_ids(tokenizer, prompts, generation_config)
+        return cls(tokenizer, stop_ids, prompts, FormReader(tokenizer, stop_ids))
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,12 @@ class LoadedModel:
     def prepare(self, request_name: str, request: GenerationRequest, adapter: LoadedAdapter | None, times: Times) -> Generation:
         """Render the prompt and fix what the request left open. Raises InvalidInput where the prompt leaves no room for an answer."""
         voice = adapter.voice if adapter is not None else self.voice
-        if request.prompt is not None:
-            prompt_ids = render_completion(voice.tokenizer, request.prompt).token_ids
-        else:
-            prompt_ids = render(voice.tokenizer, request.messages, add_generation_prompt=True).token_ids
-        field_name = "messages" if request.prompt is None else "prompt"
-        if not prompt_ids:
-            raise InvalidInput.field(field_name, "is empty", "PROMPT_EMPTY")
         context = self.count_context_tokens(adapter)
-        room = context - len(prompt_ids)
+        prompt = voice.prompts.build(request, context)
+        prompt_ids, room = prompt.token_ids, context - len(prompt.token_ids)
         if room < 1:
             description = f"has {len(prompt_ids)} tokens, and the model's context is {context}, one of which the answer needs"
-            raise InvalidInput.field(field_name, description, "PROMPT_TOO_LONG")
+            raise InvalidInput.field("messages" if request.prompt is None else "prompt", description, "PROMPT_TOO_LONG")
         parameters = request.parameters
         check_token_ids(parameters, self.decoder.vocabulary_size)
         seed = parameters.seed if parameters.seed is not None else secrets.randbits(SEED_BITS)
@@ -143,6 +140,8 @@ class LoadedModel:
             received_seconds=times.received_seconds,
             load_seconds=times.load_seconds,
             adapter_load_seconds=times.adapter_load_seconds,
+            dropped_messages=prompt.dropped_messages,
+            rendered_prompt=prompt.text if request.echo_prompt else None,
         )
 
 
@@ -207,12 +206,12 @@ def load_model(files: WeightFiles, plan: ServingPlan, options: LoadingOptions) -
     try:
         voice_directory = files.version or files.base
         tokenizer = load_tokenizer(voice_directory)
-        check_golden_tokens(tokenizer, files.described)
+        check_golden_tokens(PromptBuilder(tokenizer), files.described)
         model = _load_weights(files, plan, options)
         # An adapter's tokenizer knows how its answers end; what its base ended at does not count any more.
-        stop_ids = find_stop_ids(tokenizer, None if plan.is_merged else model.generation_config)
+        voice = Voice.make(tokenizer, None if plan.is_merged else model.generation_config)
         decoder = Decoder(_freeze(model), max_adapter_ranks=options.max_adapter_ranks)
-        loaded = LoadedModel(decoder, Voice(tokenizer, stop_ids), options.limits)
+        loaded = LoadedModel(decoder, voice, options.limits)
     except (MemoryError, RuntimeError, OSError, ServiceError) as error:
         if not is_out_of_memory(error):
             raise
@@ -251,9 +250,8 @@ def read_adapter(plan: ServingPlan, version: Opened, model: LoadedModel) -> Adap
     """Read what a version adds to a model that is loaded, and its tokenizer where it brings one. Raises ServiceError."""
     start, directory, decoder, voice = time.monotonic(), version.directory, model.decoder, model.voice
     if (directory / "tokenizer_config.json").exists():
-        tokenizer = load_tokenizer(directory)
-        voice = Voice(tokenizer, find_stop_ids(tokenizer, None))
-    check_golden_tokens(voice.tokenizer, version.description)
+        voice = Voice.make(load_tokenizer(directory))
+    check_golden_tokens(voice.prompts, version.description)
     match plan.addition:
         case Addition.EMBEDDINGS:
             read = AdapterFiles(voice, embeddings=read_embeddings(directory, decoder.embedding_width))
@@ -265,10 +263,10 @@ def read_adapter(plan: ServingPlan, version: Opened, model: LoadedModel) -> Adap
     return read
 
 
-def check_golden_tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, object]) -> None:
+def check_golden_tokens(prompts: PromptBuilder, described: Mapping[str, object]) -> None:
     """Raise FailedPrecondition where a version's tokenizer and template read the probe in other tokens than when it was trained."""
     golden = described.get("golden_token_ids")
-    if golden and render(tokenizer, PROBE).token_ids != golden:
+    if golden and prompts.render_probe() != golden:
         raise FailedPrecondition(
             "The version's tokenizer and chat template give other tokens here than in training: the libraries differ from those that"
             " made it.",
@@ -276,12 +274,12 @@ def check_golden_tokens(tokenizer: PreTrainedTokenizerBase, described: Mapping[s
         )
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> frozenset[int]:
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase, prompts: PromptBuilder, generation_config: GenerationConfig | None) -> frozenset[int]:
     """Gather the tokens that end an answer: the tokenizer's end, the end of an assistant turn, and the model's own list."""
     end = tokenizer.eos_token_id
     found = {end} if isinstance(end, int) else set(end or [])
     try:
-        found |= find_stop_token_ids(tokenizer)
+        found |= prompts.find_stop_ids()
     except ServiceError:
         # A base model's template that cannot even render a probe: prompts still work, and end at the end token.
         logger.warning("the chat template renders no probe: only the end token ends an answer")

@@ -11,6 +11,7 @@ import grpc
 from grpc import aio
 
 from server.domain.errors import ServiceError, Unavailable
+from server.domain.generation import GenerationRequest
 from server.domain.previews import PreviewOrder
 from server.inference import wire
 from server.inference.engine import EmbeddedEngine
@@ -47,6 +48,9 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
     async def count_tokens(request: wire.CountTokens) -> wire.UnaryReply:
         return wire.TokenCounts(tuple(await engine.count_tokens(request.model, request.texts)))
 
+    async def render(request: GenerationRequest) -> wire.UnaryReply:
+        return await engine.render(request)
+
     async def read_context_tokens(request: wire.ReadContextTokens) -> wire.UnaryReply:
         return wire.ContextTokens(await engine.read_context_tokens(request.model))
 
@@ -79,6 +83,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         {
             "Generate": grpc.unary_stream_rpc_method_handler(_handle_generate(engine)),
             "CountTokens": _handle_unary(wire.COUNT_TOKENS, count_tokens),
+            "Render": _handle_unary(wire.GENERATE, render),
             "ReadContextTokens": _handle_unary(wire.READ_CONTEXT_TOKENS, read_context_tokens),
             "Embed": _handle_unary(wire.EMBED, embed),
             "Rerank": _handle_unary(wire.RERANK, rerank),

@@ -10,7 +10,7 @@ from typing import Literal
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
-from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference
+from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference, RenderedPrompt
 from server.domain.previews import Preview, PreviewOrder
 from server.services.codec import Codec
 
@@ -153,7 +153,7 @@ class Done:
 
 
 GenerateReply = Delta | GenerationFinished | Failure
-UnaryReply = Previewed | TokenCounts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
+UnaryReply = RenderedPrompt | Previewed | TokenCounts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
 
 GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from server.domain.generation import GenerationRequest, ModelReference
+from server.domain.generation import GenerationRequest, ModelReference, RenderedPrompt
 from server.services.embedding import Embedding
 from server.services.generating import AnswerEvent, Generation, collect, generate_choices, limit_time
 from server.services.ports import Engine
@@ -12,7 +12,7 @@ from server.services.references import References
 from server.services.requests import Generate
 from server.services.retrieval import Retrieval
 from server.services.retrieval_evaluation import RetrievalEvaluator
-from server.services.validation import MAX_PROMPT_CHARACTERS, Violations, check_generation, check_messages
+from server.services.validation import MAX_PROMPT_CHARACTERS, Violations, check_generation, check_messages, check_tools
 
 MAX_TIMEOUT_SECONDS = 86_400
 
@@ -23,6 +23,14 @@ class GenerationStream:
 
     model: ModelReference
     events: AsyncGenerator[AnswerEvent, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered prompt, and the weights that would be given it."""
+
+    model: ModelReference
+    prompt: RenderedPrompt
 
 
 class InferenceService:
@@ -41,13 +49,33 @@ class InferenceService:
         stream = await self.stream_generate(organization, request, request_id)
         return await collect(stream.model, stream.events)
 
+    async def render(self, organization: str, request: Generate, request_id: str) -> Rendering:
+        """Give what the model would be given. Raises InvalidInput, NotFound, FailedPrecondition, ResourceExhausted, Unavailable."""
+        _check(request)
+        model = await self._references.resolve(organization, request.model_id, request.version)
+        return Rendering(model, await self._engine.render(_make_request(request_id, model, request)))
+
     async def stream_generate(self, organization: str, request: Generate, request_id: str) -> GenerationStream:
         """Begin an answer: everything about the request that can be wrong is found before the first token."""
         _check(request)
         model = await self._references.resolve(organization, request.model_id, request.version)
-        asked = GenerationRequest(request_id, model, request.parameters, request.prompt, tuple(request.messages), request.priority)
+        asked = _make_request(request_id, model, request)
         events = generate_choices(self._engine, asked)
         return GenerationStream(model, events if request.timeout_seconds is None else limit_time(events, request.timeout_seconds))
+
+
+def _make_request(request_id: str, model: ModelReference, request: Generate) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        model=model,
+        parameters=request.parameters,
+        prompt=request.prompt,
+        messages=tuple(request.messages),
+        priority=request.priority,
+        tools=tuple(request.tools),
+        history=request.history,
+        echo_prompt=request.echo_prompt,
+    )
 
 
 def _check(request: Generate) -> None:
@@ -61,5 +89,6 @@ def _check(request: Generate) -> None:
     if request.prompt is not None:
         found.text("prompt", request.prompt, MAX_PROMPT_CHARACTERS, least=1)
     check_messages(found, request.messages)
+    check_tools(found, request.tools, has_messages=bool(request.messages))
     check_generation(found, request.parameters)
     found.raise_if_any()

@@ -148,7 +148,7 @@ def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: R
 def _check(request: RagGenerate) -> None:
     found = Violations()
     check_query(found, request.model_id, request.query)
-    check_messages(found, [*request.messages, ChatMessage(Role.USER, request.query or "?")])
+    check_messages(found, [*request.messages, ChatMessage(Role.USER, request.query or "?")], allows_tools=False)
     check_retrieval(found, request.retrieval)
     check_generation(found, request.parameters)
     if request.parameters.n != 1:

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
 from server.domain.findings import Finding
-from server.domain.generation import ChatMessage, EmbedRole, GenerationParameters, Priority
+from server.domain.generation import ChatMessage, EmbedRole, GenerationParameters, HistoryPolicy, Priority
 from server.domain.jobs import Job
 from server.domain.models import Model
 from server.domain.retrieval import MetadataValue, RetrievalOverrides
@@ -200,6 +200,9 @@ class Generate:
     messages: Sequence[ChatMessage] = ()
     timeout_seconds: float | None = None
     priority: Priority = Priority.NORMAL
+    tools: Sequence[str] = ()
+    history: HistoryPolicy = HistoryPolicy.REFUSE
+    echo_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

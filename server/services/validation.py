@@ -1,5 +1,6 @@
 """Checks of plain values. A `Violations` gathers every bad field of a request, so that a caller hears of all at once."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -22,6 +23,8 @@ MAX_MESSAGES = 1_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 16
+MAX_TOOLS = 128
+MAX_TOOL_NAME_CHARACTERS = 128
 MAX_STOP_TOKENS = 64
 MAX_BIASED_TOKENS = 1_024
 MAX_BIAS = 100
@@ -149,21 +152,82 @@ def _check_constraint(found: Violations, constraint: OutputConstraint, field: st
     found.text(f"{field}.regex", constraint.regex, MAX_REGEX_CHARACTERS)
 
 
-def check_messages(found: Violations, messages: Sequence[ChatMessage], *, last: Role = Role.USER) -> None:
-    """Demand an optional system turn, then user and assistant in turn, ending with `last`."""
+def check_messages(found: Violations, messages: Sequence[ChatMessage], *, allows_tools: bool = True) -> None:
+    """Demand an optional system turn, then user and assistant in turn, ending with the user.
+
+    Where tools are allowed, their answers stand between an assistant's turn with calls and its next one, and may be last.
+    """
     if len(messages) > MAX_MESSAGES:
         found.add("messages", f"must be at most {MAX_MESSAGES}, not {len(messages)}")
         return
     system = bool(messages) and messages[0].role is Role.SYSTEM
+    last: ChatMessage | None = None
     for place, message in enumerate(messages):
-        found.text(f"messages[{place}].content", message.content, MAX_PROMPT_CHARACTERS, least=1)
+        _check_message(found, message, f"messages[{place}]")
         if place == 0 and system:
             continue
-        due = Role.USER if (place - system) % 2 == 0 else Role.ASSISTANT
-        if message.role is not due:
-            found.add(f"messages[{place}].role", f"is {message.role.value} where {due.value} is due: user and assistant speak in turn")
-    if messages and (messages[-1].role is not last or len(messages) == system):
-        found.add("messages", f"must end with a message of the {last.value}")
+        due = _find_due_roles(last)
+        if message.role is Role.TOOL and not allows_tools:
+            found.add(f"messages[{place}].role", "must not be tool here")
+        elif message.role not in due:
+            expected = " or ".join(role.value for role in due)
+            description = f"is {message.role.value} where {expected} is due: user and assistant speak in turn"
+            found.add(f"messages[{place}].role", description)
+        last = message
+    if messages and (last is None or last.role not in (Role.USER, Role.TOOL)):
+        found.add("messages", "must end with a message of the user or of a tool")
+
+
+def _find_due_roles(last: ChatMessage | None) -> Sequence[Role]:
+    if last is None:
+        return (Role.USER,)
+    if last.role is Role.TOOL:
+        return (Role.ASSISTANT, Role.TOOL)
+    if last.role is Role.ASSISTANT:
+        return (Role.TOOL,) if last.tool_calls else (Role.USER,)
+    return (Role.ASSISTANT,)
+
+
+def _check_message(found: Violations, message: ChatMessage, field: str) -> None:
+    found.text(f"{field}.content", message.content, MAX_PROMPT_CHARACTERS, least=0 if message.tool_calls else 1)
+    if message.tool_calls and message.role is not Role.ASSISTANT:
+        found.add(f"{field}.tool_calls", "only the assistant calls tools")
+    if (message.name or message.call_id) and message.role is not Role.TOOL:
+        found.add(f"{field}.{'name' if message.name else 'tool_call_id'}", "only a tool's answer has one")
+    found.text(f"{field}.name", message.name, MAX_TOOL_NAME_CHARACTERS)
+    found.text(f"{field}.tool_call_id", message.call_id, MAX_TOOL_NAME_CHARACTERS)
+    if len(message.tool_calls) > MAX_TOOLS:
+        found.add(f"{field}.tool_calls", f"must be at most {MAX_TOOLS}, not {len(message.tool_calls)}")
+    for place, call in enumerate(message.tool_calls[:MAX_TOOLS]):
+        here = f"{field}.tool_calls[{place}]"
+        found.text(f"{here}.id", call.call_id, MAX_TOOL_NAME_CHARACTERS)
+        found.text(f"{here}.name", call.name, MAX_TOOL_NAME_CHARACTERS, least=1)
+        found.text(f"{here}.arguments", call.arguments, MAX_PROMPT_CHARACTERS)
+        if _parse_object(call.arguments) is None:
+            found.add(f"{here}.arguments", "must be a JSON object as text")
+
+
+def check_tools(found: Violations, tools: Sequence[str], *, has_messages: bool) -> None:
+    """Demand JSON objects that name their tool, and a conversation that they belong to."""
+    if tools and not has_messages:
+        found.add("tools", "go with messages, not with a prompt")
+    if len(tools) > MAX_TOOLS:
+        found.add("tools", f"must be at most {MAX_TOOLS}, not {len(tools)}")
+        return
+    for place, tool in enumerate(tools):
+        found.text(f"tools[{place}]", tool, MAX_SCHEMA_CHARACTERS)
+        value = _parse_object(tool)
+        function = value.get("function", value) if value is not None else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            found.add(f"tools[{place}]", "must be a JSON object as text with the name of a function")
+
+
+def _parse_object(text: str) -> dict[str, object] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: str = "retrieval.") -> None:

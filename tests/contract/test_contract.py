@@ -62,6 +62,8 @@ PROMISED = (
     ("get", "/datasets/{dataset_id}", "TrainingService.GetDataset"),
     ("delete", "/datasets/{dataset_id}", "TrainingService.DeleteDataset"),
     ("post", "/inference/stream", "InferenceService.StreamGenerate"),
+    ("post", "/inference/count-tokens", "InferenceService.CountTokens"),
+    ("post", "/inference/render", "InferenceService.RenderPrompt"),
     ("post", "/rag/inference/stream", "InferenceService.StreamRagGenerate"),
     ("post", "/rag/retrieve", "InferenceService.Retrieve"),
     ("post", "/rag/evaluate", "InferenceService.EvaluateRetrieval"),

@@ -5,12 +5,13 @@ import math
 import pytest
 
 from server.domain.errors import InvalidInput
-from server.domain.generation import ChatMessage, GenerationParameters, Role
+from server.domain.generation import ChatMessage, GenerationParameters, OutputConstraint, Role
+from server.domain.records import ToolCall
 from server.domain.retrieval import MetadataCondition, RetrievalOverrides
 from server.domain.specs import Objective, ParametersRequest
 from server.domain.techniques import FullTechnique, LoraTechnique, Technique
 from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
-from server.services.validation import Violations, check_generation, check_messages, check_retrieval
+from server.services.validation import Violations, check_generation, check_messages, check_retrieval, check_tools
 
 
 def fields_of(found: Violations) -> list[str]:
@@ -43,6 +44,10 @@ def test_two_ways_to_say_the_same_are_refused() -> None:
         (GenerationParameters(top_p=0), "top_p"), (GenerationParameters(top_p=1.1), "top_p"), (GenerationParameters(top_k=-1), "top_k"),
         (GenerationParameters(min_p=2), "min_p"), (GenerationParameters(stop=("",)), "stop[0]"),
         (GenerationParameters(stop=("x",) * 17), "stop"),
+        (GenerationParameters(n=0), "n"), (GenerationParameters(n=17), "n"), (GenerationParameters(n=2, temperature=0), "n"),
+        (GenerationParameters(stop_token_ids=(-1,)), "stop_token_ids[0]"), (GenerationParameters(logit_bias={5: 101}), "logit_bias[5]"),
+        (GenerationParameters(logit_bias={-5: 1}), "logit_bias"), (GenerationParameters(constraint=OutputConstraint()), "constraint"),
+        (GenerationParameters(constraint=OutputConstraint(regex="x" * 10_001)), "constraint.regex"),
         (GenerationParameters(logprobs=100), "logprobs"), (GenerationParameters(seed=-1), "seed"),
     ],
 )  # fmt: skip
@@ -70,6 +75,50 @@ def test_turns_out_of_order_are_refused(roles: list[Role]) -> None:
     found = Violations()
     check_messages(found, [ChatMessage(role, "x") for role in roles])
     assert found.found
+
+
+CALL = ToolCall("find_map", '{"town": "Sanmara"}', "c1")
+
+
+def test_tools_answer_after_the_assistant_called_them() -> None:
+    found = Violations()
+    asked = [ChatMessage(Role.USER, "u"), ChatMessage(Role.ASSISTANT, "", (CALL,)), ChatMessage(Role.TOOL, "found", call_id="c1")]
+    check_messages(found, asked)
+    check_messages(found, [*asked, ChatMessage(Role.TOOL, "more"), ChatMessage(Role.ASSISTANT, "a"), ChatMessage(Role.USER, "u")])
+    check_tools(found, ['{"type": "function", "function": {"name": "find_map"}}', '{"name": "other"}'], has_messages=True)
+    found.raise_if_any()
+    check_messages(found, asked, allows_tools=False)
+    assert fields_of(found) == ["messages[2].role"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([ChatMessage(Role.USER, "u"), ChatMessage(Role.TOOL, "t")], "messages[1].role"),
+        ([ChatMessage(Role.USER, "u"), ChatMessage(Role.ASSISTANT, "a"), ChatMessage(Role.TOOL, "t")], "messages[2].role"),
+        ([ChatMessage(Role.USER, "u"), ChatMessage(Role.ASSISTANT, "", (CALL,)), ChatMessage(Role.USER, "u")], "messages[2].role"),
+        ([ChatMessage(Role.USER, "u", (CALL,))], "messages[0].tool_calls"),
+        ([ChatMessage(Role.USER, "u", name="x")], "messages[0].name"),
+        (
+            [ChatMessage(Role.USER, "u"), ChatMessage(Role.ASSISTANT, "", (ToolCall("f", "[1]"),)), ChatMessage(Role.TOOL, "t")],
+            "messages[1].tool_calls[0].arguments",
+        ),
+    ],
+)
+def test_tools_out_of_place_are_refused(messages: list[ChatMessage], field: str) -> None:
+    found = Violations()
+    check_messages(found, messages)
+    assert fields_of(found) == [field]
+
+
+@pytest.mark.parametrize("tool", ["{", "[]", '{"function": {}}', '{"function": {"name": 7}}'])
+def test_what_names_no_tool_is_refused(tool: str) -> None:
+    found = Violations()
+    check_tools(found, [tool], has_messages=True)
+    assert fields_of(found) == ["tools[0]"]
+    check_tools(found, [], has_messages=False)
+    check_tools(found, ['{"name": "f"}'], has_messages=False)
+    assert fields_of(found) == ["tools[0]", "tools"]
 
 
 def test_search_settings_out_of_range_are_refused() -> None:

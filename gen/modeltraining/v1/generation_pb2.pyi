@@ -19,6 +19,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _HistoryPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HistoryPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HistoryPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HISTORY_POLICY_UNSPECIFIED: _HistoryPolicy.ValueType  # 0
+    """REFUSE."""
+    HISTORY_POLICY_REFUSE: _HistoryPolicy.ValueType  # 1
+    """It is refused (INVALID_ARGUMENT, reason PROMPT_TOO_LONG). The default."""
+    HISTORY_POLICY_DROP_OLDEST: _HistoryPolicy.ValueType  # 2
+    """Its oldest turns are left out, from the first user's turn to the next one's at a time, until `max_tokens` (512 where it is unset)
+    fit, or a quarter of the context where that is less. The system turn and the last user's turn stay; the answer says how many
+    messages were left out.
+    """
+
+class HistoryPolicy(_HistoryPolicy, metaclass=_HistoryPolicyEnumTypeWrapper):
+    """What becomes of a conversation that leaves no room for an answer in the model's context."""
+
+HISTORY_POLICY_UNSPECIFIED: HistoryPolicy.ValueType  # 0
+"""REFUSE."""
+HISTORY_POLICY_REFUSE: HistoryPolicy.ValueType  # 1
+"""It is refused (INVALID_ARGUMENT, reason PROMPT_TOO_LONG). The default."""
+HISTORY_POLICY_DROP_OLDEST: HistoryPolicy.ValueType  # 2
+"""Its oldest turns are left out, from the first user's turn to the next one's at a time, until `max_tokens` (512 where it is unset)
+fit, or a quarter of the context where that is less. The system turn and the last user's turn stay; the answer says how many
+messages were left out.
+"""
+Global___HistoryPolicy: _TypeAlias = HistoryPolicy  # noqa: Y015
+
 class _Priority:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

@@ -25,6 +25,206 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class CountTokensRequest(_message.Message):
+    """Asks how many tokens a prompt has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Model whose tokenizer and template count: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
+    version: _builtins.int
+    """Version of a fine-tuned model, from 1. Default: the one that serves. Not allowed with a base model."""
+    prompt: _builtins.str
+    """A text, taken as it is. Exactly one of `prompt` and `messages` is given."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
+        """A conversation, rendered by the model's chat template; the last turn is the user's or a tool's. Exactly one of `prompt` and
+        `messages` is given.
+        """
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools as in GenerateRequest. Default none."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        prompt: _builtins.str | None = ...,
+        messages: _abc.Iterable[_message_pb2.Message] | None = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "prompt", b"prompt", "tools", b"tools", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
+    _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
+
+@_typing.final
+class CountTokensResponse(_message.Message):
+    """How many tokens a prompt has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the rendered prompt, template included: what a generation's usage would say."""
+    context_tokens: _builtins.int
+    """Tokens that a prompt and its answer may have together."""
+    model_id: _builtins.str
+    """Model that was asked; a base model by its hub name."""
+    version: _builtins.int
+    """Version that was asked, from 1. Unset: a base model."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "context_tokens", b"context_tokens", "model_id", b"model_id", "prompt_tokens", b"prompt_tokens", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___CountTokensResponse: _TypeAlias = CountTokensResponse  # noqa: Y015
+
+@_typing.final
+class RenderPromptRequest(_message.Message):
+    """Asks what a model would be given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Model whose template renders: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
+    version: _builtins.int
+    """Version of a fine-tuned model, from 1. Default: the one that serves. Not allowed with a base model."""
+    prompt: _builtins.str
+    """A text, taken as it is. Exactly one of `prompt` and `messages` is given."""
+    history: _generation_pb2.HistoryPolicy.ValueType
+    """What becomes of `messages` that leave no room for an answer. REFUSE, the default, answers here with all of them."""
+    max_tokens: _builtins.int
+    """Tokens to leave free for the answer, 1 to 131072, as HISTORY_POLICY_DROP_OLDEST needs them. Default 512."""
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
+        """A conversation, rendered by the model's chat template; the last turn is the user's or a tool's. Exactly one of `prompt` and
+        `messages` is given.
+        """
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools as in GenerateRequest. Default none."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        prompt: _builtins.str | None = ...,
+        messages: _abc.Iterable[_message_pb2.Message] | None = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+        history: _generation_pb2.HistoryPolicy.ValueType = ...,
+        max_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "_version", b"_version", "max_tokens", b"max_tokens", "prompt", b"prompt", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_prompt", b"_prompt", "_version", b"_version", "history", b"history", "max_tokens", b"max_tokens", "messages", b"messages", "model_id", b"model_id", "prompt", b"prompt", "tools", b"tools", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
+    _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___RenderPromptRequest: _TypeAlias = RenderPromptRequest  # noqa: Y015
+
+@_typing.final
+class RenderPromptResponse(_message.Message):
+    """What a model would be given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    DROPPED_MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text, template included."""
+    prompt_tokens: _builtins.int
+    """How many they are."""
+    context_tokens: _builtins.int
+    """Tokens that a prompt and its answer may have together."""
+    dropped_message_count: _builtins.int
+    """Messages that were left out of the history, oldest first."""
+    model_id: _builtins.str
+    """Model that was asked; a base model by its hub name."""
+    version: _builtins.int
+    """Version that was asked, from 1. Unset: a base model."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The same as token ids."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        context_tokens: _builtins.int = ...,
+        dropped_message_count: _builtins.int = ...,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "context_tokens", b"context_tokens", "dropped_message_count", b"dropped_message_count", "model_id", b"model_id", "prompt_tokens", b"prompt_tokens", "text", b"text", "token_ids", b"token_ids", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___RenderPromptResponse: _TypeAlias = RenderPromptResponse  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     """Asks for text."""
 
@@ -37,6 +237,9 @@ class GenerateRequest(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    ECHO_PROMPT_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model to generate with: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
     version: _builtins.int
@@ -49,13 +252,24 @@ class GenerateRequest(_message.Message):
     """
     priority: _generation_pb2.Priority.ValueType
     """Who comes first where generations wait for a place. Default NORMAL."""
+    history: _generation_pb2.HistoryPolicy.ValueType
+    """What becomes of `messages` that leave no room for an answer. Default REFUSE."""
+    echo_prompt: _builtins.bool
+    """Answer with the rendered prompt too. Default false."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
-        """A conversation, rendered by the model's chat template; the last turn is the user's. Exactly one of `prompt` and `messages` is given."""
+        """A conversation, rendered by the model's chat template; the last turn is the user's or a tool's. Exactly one of `prompt` and `messages` is given."""
 
     @_builtins.property
     def parameters(self) -> _generation_pb2.GenerationParameters:
         """How text is generated. Unset: the defaults of GenerationParameters."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools that the model may call, through its chat template: each a JSON object as text, as in datasets, `{"type": "function",
+        "function": {"name": …, "description": …, "parameters": …}}`. At most 128; only with `messages`. A template that writes no tools
+        refuses them. Default none.
+        """
 
     def __init__(
         self,
@@ -67,10 +281,13 @@ class GenerateRequest(_message.Message):
         parameters: _generation_pb2.GenerationParameters | None = ...,
         timeout_seconds: _builtins.float | None = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+        history: _generation_pb2.HistoryPolicy.ValueType = ...,
+        echo_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "echo_prompt", b"echo_prompt", "history", b"history", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "tools", b"tools", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
@@ -175,6 +392,8 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int
+    RENDERED_PROMPT_FIELD_NUMBER: _builtins.int
+    DROPPED_MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text, without the end token and the stop string."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -185,6 +404,10 @@ class GenerateResponse(_message.Message):
     """Version that answered, from 1. Unset: a base model."""
     seed: _builtins.int
     """The seed that was used, the caller's or a drawn one: asked for again, it gives the same text."""
+    rendered_prompt: _builtins.str
+    """The text that the model was given, template included. Unset: not asked for."""
+    dropped_message_count: _builtins.int
+    """Messages that were left out of the history, oldest first, as HISTORY_POLICY_DROP_OLDEST allows."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """What was read and written."""
@@ -213,13 +436,20 @@ class GenerateResponse(_message.Message):
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
         seed: _builtins.int = ...,
         choices: _abc.Iterable[Global___GenerateResponse.Choice] | None = ...,
+        rendered_prompt: _builtins.str | None = ...,
+        dropped_message_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "choices", b"choices", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rendered_prompt: _TypeAlias = _typing.Literal["rendered_prompt"]  # noqa: Y015
+    _WhichOneofArgType__rendered_prompt: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt"]  # noqa: Y015
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rendered_prompt) -> _WhichOneofReturnType__rendered_prompt | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
@@ -286,6 +516,9 @@ class StreamGenerateRequest(_message.Message):
     PARAMETERS_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    ECHO_PROMPT_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Model to generate with: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
     version: _builtins.int
@@ -298,13 +531,24 @@ class StreamGenerateRequest(_message.Message):
     """
     priority: _generation_pb2.Priority.ValueType
     """Who comes first where generations wait for a place. Default NORMAL."""
+    history: _generation_pb2.HistoryPolicy.ValueType
+    """What becomes of `messages` that leave no room for an answer. Default REFUSE."""
+    echo_prompt: _builtins.bool
+    """Answer with the rendered prompt too. Default false."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
-        """A conversation, rendered by the model's chat template; the last turn is the user's. Exactly one of `prompt` and `messages` is given."""
+        """A conversation, rendered by the model's chat template; the last turn is the user's or a tool's. Exactly one of `prompt` and `messages` is given."""
 
     @_builtins.property
     def parameters(self) -> _generation_pb2.GenerationParameters:
         """How text is generated. Unset: the defaults of GenerationParameters."""
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools that the model may call, through its chat template: each a JSON object as text, as in datasets, `{"type": "function",
+        "function": {"name": …, "description": …, "parameters": …}}`. At most 128; only with `messages`. A template that writes no tools
+        refuses them. Default none.
+        """
 
     def __init__(
         self,
@@ -316,10 +560,13 @@ class StreamGenerateRequest(_message.Message):
         parameters: _generation_pb2.GenerationParameters | None = ...,
         timeout_seconds: _builtins.float | None = ...,
         priority: _generation_pb2.Priority.ValueType = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+        history: _generation_pb2.HistoryPolicy.ValueType = ...,
+        echo_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "parameters", b"parameters", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt", b"_prompt", "_timeout_seconds", b"_timeout_seconds", "_version", b"_version", "echo_prompt", b"echo_prompt", "history", b"history", "messages", b"messages", "model_id", b"model_id", "parameters", b"parameters", "priority", b"priority", "prompt", b"prompt", "timeout_seconds", b"timeout_seconds", "tools", b"tools", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
@@ -387,6 +634,8 @@ class StreamGenerateResponse(_message.Message):
         TIMINGS_FIELD_NUMBER: _builtins.int
         SEED_FIELD_NUMBER: _builtins.int
         CHOICES_FIELD_NUMBER: _builtins.int
+        RENDERED_PROMPT_FIELD_NUMBER: _builtins.int
+        DROPPED_MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
         finish_reason: Global___GenerateResponse.FinishReason.ValueType
         """Why it ended."""
         model_id: _builtins.str
@@ -395,6 +644,10 @@ class StreamGenerateResponse(_message.Message):
         """Version that answered, from 1. Unset: a base model."""
         seed: _builtins.int
         """The seed that was used, the caller's or a drawn one: asked for again, it gives the same text."""
+        rendered_prompt: _builtins.str
+        """The text that the model was given, template included. Unset: not asked for."""
+        dropped_message_count: _builtins.int
+        """Messages that were left out of the history, oldest first, as HISTORY_POLICY_DROP_OLDEST allows."""
         @_builtins.property
         def usage(self) -> _generation_pb2.Usage:
             """What was read and written."""
@@ -417,13 +670,20 @@ class StreamGenerateResponse(_message.Message):
             timings: _generation_pb2.GenerationTimings | None = ...,
             seed: _builtins.int = ...,
             choices: _abc.Iterable[Global___StreamGenerateResponse.ChoiceEnd] | None = ...,
+            rendered_prompt: _builtins.str | None = ...,
+            dropped_message_count: _builtins.int = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "choices", b"choices", "finish_reason", b"finish_reason", "model_id", b"model_id", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "finish_reason", b"finish_reason", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__rendered_prompt: _TypeAlias = _typing.Literal["rendered_prompt"]  # noqa: Y015
+        _WhichOneofArgType__rendered_prompt: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt"]  # noqa: Y015
         _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
         _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__rendered_prompt) -> _WhichOneofReturnType__rendered_prompt | None: ...
+        @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
     DELTA_FIELD_NUMBER: _builtins.int

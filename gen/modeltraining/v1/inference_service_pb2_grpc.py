@@ -45,6 +45,16 @@ class InferenceServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/modeltraining.v1.InferenceService/CountTokens',
+                request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
+        self.RenderPrompt = channel.unary_unary(
+                '/modeltraining.v1.InferenceService/RenderPrompt',
+                request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptResponse.FromString,
+                _registered_method=True)
         self.RagGenerate = channel.unary_unary(
                 '/modeltraining.v1.InferenceService/RagGenerate',
                 request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.RagGenerateRequest.SerializeToString,
@@ -85,6 +95,20 @@ class InferenceServiceServicer:
 
     def StreamGenerate(self, request, context):
         """Generates text and streams it. A stream without `finished` or `error` at its end was cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """Counts the tokens of a prompt as a generation would read it; generates nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenderPrompt(self, request, context):
+        """Renders a prompt as a generation would read it; generates nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +161,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.CountTokensRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'RenderPrompt': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenderPrompt,
+                    request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptResponse.SerializeToString,
             ),
             'RagGenerate': grpc.unary_unary_rpc_method_handler(
                     servicer.RagGenerate,
@@ -219,6 +253,60 @@ class InferenceService:
             '/modeltraining.v1.InferenceService/StreamGenerate',
             modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
             modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.InferenceService/CountTokens',
+            modeltraining_dot_v1_dot_inference__service__pb2.CountTokensRequest.SerializeToString,
+            modeltraining_dot_v1_dot_inference__service__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenderPrompt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.InferenceService/RenderPrompt',
+            modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptRequest.SerializeToString,
+            modeltraining_dot_v1_dot_inference__service__pb2.RenderPromptResponse.FromString,
             options,
             channel_credentials,
             insecure,

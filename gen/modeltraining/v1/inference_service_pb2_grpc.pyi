@@ -37,6 +37,10 @@ class InferenceServiceStub:
     """Generates text and answers with the whole."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]
     """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+    CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CountTokensRequest, _inference_service_pb2.CountTokensResponse]
+    """Counts the tokens of a prompt as a generation would read it; generates nothing."""
+    RenderPrompt: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.RenderPromptRequest, _inference_service_pb2.RenderPromptResponse]
+    """Renders a prompt as a generation would read it; generates nothing."""
     RagGenerate: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.RagGenerateRequest, _inference_service_pb2.RagGenerateResponse]
     """Answers a question from the documents of a RAG model. Where none passes the threshold, no model is asked and `grounded` is false."""
     StreamRagGenerate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.StreamRagGenerateRequest, _inference_service_pb2.StreamRagGenerateResponse]
@@ -57,6 +61,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text and answers with the whole."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]  # type: ignore[assignment]
     """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+    CountTokens: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CountTokensRequest, _inference_service_pb2.CountTokensResponse]  # type: ignore[assignment]
+    """Counts the tokens of a prompt as a generation would read it; generates nothing."""
+    RenderPrompt: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.RenderPromptRequest, _inference_service_pb2.RenderPromptResponse]  # type: ignore[assignment]
+    """Renders a prompt as a generation would read it; generates nothing."""
     RagGenerate: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.RagGenerateRequest, _inference_service_pb2.RagGenerateResponse]  # type: ignore[assignment]
     """Answers a question from the documents of a RAG model. Where none passes the threshold, no model is asked and `grounded` is false."""
     StreamRagGenerate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.StreamRagGenerateRequest, _inference_service_pb2.StreamRagGenerateResponse]  # type: ignore[assignment]
@@ -86,6 +94,22 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.StreamGenerateResponse], _abc.AsyncIterator[_inference_service_pb2.StreamGenerateResponse]]:
         """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+
+    @_abc_1.abstractmethod
+    def CountTokens(
+        self,
+        request: _inference_service_pb2.CountTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.CountTokensResponse, _abc.Awaitable[_inference_service_pb2.CountTokensResponse]]:
+        """Counts the tokens of a prompt as a generation would read it; generates nothing."""
+
+    @_abc_1.abstractmethod
+    def RenderPrompt(
+        self,
+        request: _inference_service_pb2.RenderPromptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.RenderPromptResponse, _abc.Awaitable[_inference_service_pb2.RenderPromptResponse]]:
+        """Renders a prompt as a generation would read it; generates nothing."""
 
     @_abc_1.abstractmethod
     def RagGenerate(

@@ -24,23 +24,66 @@ class Message(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ToolCall(_message.Message):
+        """A call of a tool by the assistant."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ID_FIELD_NUMBER: _builtins.int
+        NAME_FIELD_NUMBER: _builtins.int
+        ARGUMENTS_FIELD_NUMBER: _builtins.int
+        id: _builtins.str
+        """Id by which the tool's answer names it, at most 128 characters. Default none."""
+        name: _builtins.str
+        """Name of the tool, 1 to 128 characters. Required."""
+        arguments: _builtins.str
+        """The arguments: a JSON object as text. Required."""
+        def __init__(
+            self,
+            *,
+            id: _builtins.str = ...,
+            name: _builtins.str = ...,
+            arguments: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "id", b"id", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks: "system" (only as the first turn), "user" or "assistant". Required. A string, as in the records of the field's
-    datasets, so that a wrong one is refused by name together with all the other violations.
+    """Who speaks: "system" (only as the first turn), "user", "assistant" or "tool" (the answer to a call, after an assistant's turn with
+    calls). Required. A string, as in the records of the field's datasets, so that a wrong one is refused by name together with all the
+    other violations.
     """
     content: _builtins.str
-    """What is said, Unicode text. Required, at least 1 character."""
+    """What is said, Unicode text. Required, at least 1 character; may be empty where the assistant only calls tools."""
+    tool_call_id: _builtins.str
+    """Id of the call that a tool answers, at most 128 characters. Default none; only with the role "tool"."""
+    name: _builtins.str
+    """Name of the tool that answers, at most 128 characters. Default none; only with the role "tool"."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message.ToolCall]:
+        """Tools that the assistant calls in this turn. Default none; only with the role "assistant"."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        tool_calls: _abc.Iterable[Global___Message.ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

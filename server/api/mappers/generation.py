@@ -1,6 +1,7 @@
 """Generation: what is asked, pieces of text, the whole answer."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from modeltraining.v1 import generation_pb2, inference_service_pb2, message_pb2
 
@@ -10,6 +11,7 @@ from server.domain.generation import (
     Delta,
     GenerationFinished,
     GenerationParameters,
+    HistoryPolicy,
     ModelReference,
     OutputConstraint,
     PositionLogprobs,
@@ -18,12 +20,15 @@ from server.domain.generation import (
     Timings,
     TokenUsage,
 )
+from server.domain.records import ToolCall
 from server.services.generating import AnswerFinished, Choice, Generation
+from server.services.inference_service import Rendering
 from server.services.requests import Generate
 from server.services.validation import Violations
 
 ROLES = ", ".join(role.value for role in Role)
 
+PromptMessage = inference_service_pb2.CountTokensRequest | inference_service_pb2.RenderPromptRequest
 GenerateMessage = inference_service_pb2.GenerateRequest | inference_service_pb2.StreamGenerateRequest
 FinishReason = inference_service_pb2.GenerateResponse.FinishReason
 
@@ -37,8 +42,33 @@ def generate_from_proto(message: GenerateMessage, found: Violations) -> Generate
         prompt=message.prompt if message.HasField("prompt") else None,
         messages=messages_from_proto(message.messages, found),
         timeout_seconds=message.timeout_seconds if message.HasField("timeout_seconds") else None,
+        tools=tuple(message.tools),
+        history=history_from_proto(message.history, found),
+        echo_prompt=message.echo_prompt,
         priority=enum_from_proto(generation_pb2.Priority, "PRIORITY", message.priority, Priority, found, "priority") or Priority.NORMAL,
     )
+
+
+def prompt_from_proto(message: PromptMessage, found: Violations) -> Generate:
+    """Read a prompt that is only counted or rendered."""
+    wanted = Generate(
+        model_id=message.model_id,
+        parameters=GenerationParameters(),
+        version=message.version if message.HasField("version") else None,
+        prompt=message.prompt if message.HasField("prompt") else None,
+        messages=messages_from_proto(message.messages, found),
+        tools=tuple(message.tools),
+    )
+    if isinstance(message, inference_service_pb2.CountTokensRequest):
+        return wanted
+    parameters = GenerationParameters(max_tokens=message.max_tokens if message.HasField("max_tokens") else None)
+    return replace(wanted, parameters=parameters, history=history_from_proto(message.history, found))
+
+
+def history_from_proto(number: generation_pb2.HistoryPolicy.ValueType, found: Violations) -> HistoryPolicy:
+    """Read what becomes of a history that is too long; unset, it is refused."""
+    policy = enum_from_proto(generation_pb2.HistoryPolicy, "HISTORY_POLICY", number, HistoryPolicy, found, "history")
+    return policy or HistoryPolicy.REFUSE
 
 
 def messages_from_proto(messages: Iterable[message_pb2.Message], found: Violations) -> Sequence[ChatMessage]:
@@ -50,7 +80,8 @@ def messages_from_proto(messages: Iterable[message_pb2.Message], found: Violatio
         except ValueError:
             found.add(f"messages[{place}].role", f"must be one of {ROLES}, not {message.role[:40]!r}")
             role = Role.ASSISTANT if turns and turns[-1].role is Role.USER else Role.USER
-        turns.append(ChatMessage(role, message.content))
+        calls = tuple(ToolCall(call.name, call.arguments, call.id) for call in message.tool_calls)
+        turns.append(ChatMessage(role, message.content, calls, message.name, message.tool_call_id))
     return turns
 
 
@@ -94,6 +125,8 @@ def generation_to_proto(generation: Generation) -> inference_service_pb2.Generat
         logprobs=[logprobs_to_proto(position) for position in first.logprobs],
         seed=first.finished.seed,
         choices=[choice_to_proto(place, choice) for place, choice in enumerate(generation.choices)] if len(generation.choices) > 1 else [],
+        rendered_prompt=first.finished.rendered_prompt,
+        dropped_message_count=first.finished.dropped_messages,
     )
 
 
@@ -126,6 +159,8 @@ def finished_to_proto(finished: AnswerFinished, model: ModelReference) -> infere
         timings=timings_to_proto(finished.timings),
         seed=first.seed,
         choices=[choice_end_to_proto(place, end) for place, end in enumerate(finished.choices)] if len(finished.choices) > 1 else [],
+        rendered_prompt=first.rendered_prompt,
+        dropped_message_count=first.dropped_messages,
     )
 
 
@@ -136,6 +171,29 @@ def choice_end_to_proto(index: int, end: GenerationFinished) -> inference_servic
         finish_reason=enum_to_proto(FinishReason, "FINISH_REASON", end.finish_reason),
         seed=end.seed,
         completion_tokens=end.usage.completion_tokens,
+    )
+
+
+def count_to_proto(rendering: Rendering) -> inference_service_pb2.CountTokensResponse:
+    """Write how long a prompt is."""
+    return inference_service_pb2.CountTokensResponse(
+        prompt_tokens=len(rendering.prompt.token_ids),
+        context_tokens=rendering.prompt.context_tokens,
+        model_id=rendering.model.model_id,
+        version=rendering.model.version,
+    )
+
+
+def rendering_to_proto(rendering: Rendering) -> inference_service_pb2.RenderPromptResponse:
+    """Write what a model would be given."""
+    return inference_service_pb2.RenderPromptResponse(
+        text=rendering.prompt.text,
+        token_ids=rendering.prompt.token_ids,
+        prompt_tokens=len(rendering.prompt.token_ids),
+        context_tokens=rendering.prompt.context_tokens,
+        dropped_message_count=rendering.prompt.dropped_messages,
+        model_id=rendering.model.model_id,
+        version=rendering.model.version,
     )
 
 

@@ -97,12 +97,20 @@ def record_to_line(record: message_pb2.TrainingRecord) -> bytes:
     """Write an inline record as the line of JSON that a dataset file would have."""
     content: dict[str, object] = {}
     if record.messages:
-        content["messages"] = [{"role": message.role, "content": message.content} for message in record.messages]
+        content["messages"] = [_message_to_json(message) for message in record.messages]
     if record.HasField("prompt"):
         content["prompt"] = record.prompt
     if record.HasField("completion"):
         content["completion"] = record.completion
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _message_to_json(message: message_pb2.Message) -> dict[str, object]:
+    plain: dict[str, object] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        calls = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
+        plain["tool_calls"] = [{"type": "function", **call} for call in calls]
+    return plain | {key: value for key, value in (("name", message.name), ("tool_call_id", message.tool_call_id)) if value}
 
 
 def create_rag_from_proto(message: model_service_pb2.CreateRagModelRequest, found: Violations) -> CreateRagModel:

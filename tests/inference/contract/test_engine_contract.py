@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
-from server.domain.generation import Delta, FinishReason, GenerationFinished, GenerationRequest, ModelReference, TokenEvent
+from server.domain.generation import (
+    Delta,
+    FinishReason,
+    GenerationFinished,
+    GenerationRequest,
+    ModelReference,
+    OutputConstraint,
+    TokenEvent,
+)
 from server.services.ports import Engine
 from tests.inference.asking import ask, ask_chat, collect
 from tests.inference.contract.conftest import BASE, BROKEN, VERSIONS, Subject
@@ -99,6 +107,21 @@ async def test_what_is_wrong_with_a_request_is_typed_and_comes_before_any_token(
     with pytest.raises(NotFound):
         await list_events(engine.generate(ask(PROMPT, model="nowhere")))
     assert await engine.read_context_tokens(BASE) == CONTEXT_TOKENS
+
+
+async def test_a_rendered_prompt_is_what_a_generation_reads(engine: Engine) -> None:
+    request = ask_chat("Hello", max_tokens=2)
+    rendered = await engine.render(request)
+    answer = await collect(engine.generate(replace(request, echo_prompt=True)))
+    assert answer.end.rendered_prompt == rendered.text
+    assert (answer.end.usage.prompt_tokens, rendered.context_tokens) == (len(rendered.token_ids), CONTEXT_TOKENS)
+
+
+async def test_output_keeps_to_a_form(engine: Engine) -> None:
+    answer = await collect(engine.generate(ask(PROMPT, constraint=OutputConstraint(regex="(yes|no)"))))
+    assert answer.text in ("yes", "no")
+    with pytest.raises(InvalidInput):
+        await collect(engine.generate(ask(PROMPT, constraint=OutputConstraint(json_schema='{"type": "strang"}'))))
 
 
 async def test_loading_ahead_and_unloading_change_no_answer(engine: Engine) -> None:
