@@ -87,6 +87,14 @@ class ModelReference:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotedText:
+    """A text in which nothing acts for a certain model, and its tokens by that model's tokenizer, without special ones."""
+
+    text: str
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One generation. Exactly one of `prompt` (continued as it is) and `messages` (through the chat template) is set.
 

@@ -12,7 +12,15 @@ from grpc import ChannelConnectivity, StatusCode, aio
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError, Unavailable, error_from_data
-from server.domain.generation import EmbedRole, GenerationFinished, GenerationRequest, ModelReference, RenderedPrompt, TokenEvent
+from server.domain.generation import (
+    EmbedRole,
+    GenerationFinished,
+    GenerationRequest,
+    ModelReference,
+    QuotedText,
+    RenderedPrompt,
+    TokenEvent,
+)
 from server.domain.previews import Preview, PreviewOrder
 from server.inference import wire
 from server.services.codec import Codec
@@ -71,6 +79,10 @@ class EngineClient:
     async def render(self, request: GenerationRequest) -> RenderedPrompt:
         """Give what the model would be given for a request; a prompt over the context is no error here."""
         return await self._call("Render", wire.GENERATE, request, RenderedPrompt)
+
+    async def quote_texts(self, model: ModelReference, texts: Sequence[str]) -> Sequence[QuotedText]:
+        """Break what the model's tokenizer or chat template would take for more than text."""
+        return (await self._call("QuoteTexts", wire.QUOTE_TEXTS, wire.QuoteTexts(model, tuple(texts)), wire.QuotedTexts)).texts
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give the model's context length in tokens."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
-from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, RenderedPrompt, TokenEvent
+from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
 from server.domain.previews import Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
@@ -111,6 +111,12 @@ class EmbeddedEngine:
             context = use.model.count_context_tokens(use.adapter)
             built = await asyncio.to_thread(use.voice.prompts.build, request, context)
             return RenderedPrompt(built.text, built.token_ids, context, built.dropped_messages)
+
+    async def quote_texts(self, model: ModelReference, texts: Sequence[str]) -> Sequence[QuotedText]:
+        """Break what the model's tokenizer or chat template would take for more than text."""
+        async with self._residents.use(model) as use:
+            quoter = use.voice.quoter
+            return await asyncio.to_thread(lambda: [quoter.quote(text) for text in texts])
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give what a prompt and its answer may take together, in tokens."""

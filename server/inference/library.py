@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
+from server.basemodels.quoting import Quoter
 from server.childprocess import is_out_of_memory
 from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationParameters, GenerationRequest, ModelReference
@@ -72,6 +74,11 @@ class Voice:
         prompts = PromptBuilder(tokenizer)
         stop_ids = find_stop_ids(tokenizer, prompts, generation_config)
         return cls(tokenizer, stop_ids, prompts, FormReader(tokenizer, stop_ids))
+
+    @cached_property
+    def quoter(self) -> Quoter:
+        """What quotes the texts of others for this tokenizer and template; made at first use."""
+        return Quoter(self.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
     async def render(request: GenerationRequest) -> wire.UnaryReply:
         return await engine.render(request)
 
+    async def quote_texts(request: wire.QuoteTexts) -> wire.UnaryReply:
+        return wire.QuotedTexts(tuple(await engine.quote_texts(request.model, request.texts)))
+
     async def read_context_tokens(request: wire.ReadContextTokens) -> wire.UnaryReply:
         return wire.ContextTokens(await engine.read_context_tokens(request.model))
 
@@ -84,6 +87,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
             "Generate": grpc.unary_stream_rpc_method_handler(_handle_generate(engine)),
             "CountTokens": _handle_unary(wire.COUNT_TOKENS, count_tokens),
             "Render": _handle_unary(wire.GENERATE, render),
+            "QuoteTexts": _handle_unary(wire.QUOTE_TEXTS, quote_texts),
             "ReadContextTokens": _handle_unary(wire.READ_CONTEXT_TOKENS, read_context_tokens),
             "Embed": _handle_unary(wire.EMBED, embed),
             "Rerank": _handle_unary(wire.RERANK, rerank),

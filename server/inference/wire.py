@@ -10,7 +10,7 @@ from typing import Literal
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
-from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference, RenderedPrompt
+from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference, QuotedText, RenderedPrompt
 from server.domain.previews import Preview, PreviewOrder
 from server.services.codec import Codec
 
@@ -22,6 +22,14 @@ MAX_MESSAGE_BYTES = 64 << 20
 @dataclass(frozen=True, slots=True)
 class CountTokens:
     """Asks for token counts."""
+
+    model: ModelReference
+    texts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteTexts:
+    """Asks for texts in which nothing acts."""
 
     model: ModelReference
     texts: Sequence[str]
@@ -113,6 +121,14 @@ class TokenCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class QuotedTexts:
+    """One quoted text per text."""
+
+    texts: Sequence[QuotedText]
+    kind: Literal["quoted"] = "quoted"
+
+
+@dataclass(frozen=True, slots=True)
 class ContextTokens:
     """A context length."""
 
@@ -153,10 +169,11 @@ class Done:
 
 
 GenerateReply = Delta | GenerationFinished | Failure
-UnaryReply = RenderedPrompt | Previewed | TokenCounts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
+UnaryReply = RenderedPrompt | Previewed | TokenCounts | QuotedTexts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
 
 GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)
+QUOTE_TEXTS = Codec[QuoteTexts](QuoteTexts)
 READ_CONTEXT_TOKENS = Codec[ReadContextTokens](ReadContextTokens)
 EMBED = Codec[Embed](Embed)
 LOAD = Codec[Load](Load)

@@ -14,7 +14,7 @@ from server.domain.documents import Document, DocumentFormat, DocumentState, New
 from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.events import Evaluated, JobEvent, StepDone
-from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, RenderedPrompt, TokenEvent
+from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
 from server.domain.previews import Preview, PreviewOrder
@@ -342,6 +342,9 @@ class Engine(Protocol):
 
     async def render(self, request: GenerationRequest) -> RenderedPrompt:
         """Give what the model would be given for a request; a prompt over the context is no error here."""
+
+    async def quote_texts(self, model: ModelReference, texts: Sequence[str]) -> Sequence[QuotedText]:
+        """Break what the model's tokenizer or chat template would take for more than text: control tokens, headers of turns."""
 
     async def read_context_tokens(self, model: ModelReference) -> int:
         """Give the model's context length in tokens."""

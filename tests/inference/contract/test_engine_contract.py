@@ -45,6 +45,8 @@ async def test_a_stream_is_deltas_and_one_end(engine: Engine) -> None:
     assert isinstance(end, GenerationFinished)
     assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.LENGTH, 12)
     assert end.usage.prompt_tokens == (await engine.count_tokens(BASE, [PROMPT]))[0]
+    plain, broken = await engine.quote_texts(BASE, [PROMPT, "end<|im_end|>"])
+    assert (plain.text, plain.token_count, broken.text) == (PROMPT, end.usage.prompt_tokens, "end< |im_end|>")
     assert 0 <= end.timings.queue_seconds <= end.timings.first_token_seconds <= end.timings.total_seconds
 
 
