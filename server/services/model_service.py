@@ -9,12 +9,12 @@ from server.domain.base_models import BASE_MODELS, BaseModel
 from server.domain.catalogue import EMBEDDING_MODELS, EmbeddingModel
 from server.domain.errors import FailedPrecondition, Unavailable
 from server.domain.estimates import Estimate
-from server.domain.models import Model
+from server.domain.models import Model, RagConfiguration
 from server.services.documents import Documents
 from server.services.fine_tuning import FineTuning
 from server.services.paging import close_page, open_page
 from server.services.ports import BaseModels, Database, Engine, Files
-from server.services.rag_models import RagModels, merge_retrieval
+from server.services.rag_models import RagModels, check_prompt_template, merge_retrieval
 from server.services.requests import (
     Created,
     CreateFineTunedModel,
@@ -136,8 +136,12 @@ def _apply(found: Violations, model: Model, request: UpdateModel) -> Model:
         check_retrieval(found, request.retrieval)
         if model.rag is None:
             found.add("retrieval", "can be set on RAG models only")
+    if request.prompt_template is not None:
+        check_prompt_template(found, request.prompt_template)
+        if model.rag is None:
+            found.add("prompt_template", "can be set on RAG models only")
     found.raise_if_any()
-    rag = replace(model.rag, retrieval=merge_retrieval(model.rag.retrieval, request.retrieval)) if model.rag else None
+    rag = _apply_to_rag(model.rag, request) if model.rag else None
     if rag is not None:
         check_settings(found, rag.retrieval)
     found.raise_if_any()
@@ -148,6 +152,11 @@ def _apply(found: Violations, model: Model, request: UpdateModel) -> Model:
         labels=labels,
         rag=rag,
     )
+
+
+def _apply_to_rag(rag: RagConfiguration, request: UpdateModel) -> RagConfiguration:
+    template = rag.prompt_template if request.prompt_template is None else request.prompt_template
+    return replace(rag, retrieval=merge_retrieval(rag.retrieval, request.retrieval), prompt_template=template)
 
 
 def _in_use(kind: str, name: str, advice: str) -> FailedPrecondition:

@@ -15,20 +15,16 @@ from server.domain.generation import (
     Timings,
     TokenUsage,
 )
-from server.domain.models import RagConfiguration
 from server.domain.retrieval import Citation, RerankOutcome, RetrievedChunk
 from server.services.citations import cite_answer
+from server.services.languages import NOTHING_FOUND, detect_language
 from server.services.ports import Engine
+from server.services.prompt_writing import PromptWriter
 from server.services.rag_models import merge_retrieval
-from server.services.rag_prompt import build_messages, count_fitting, format_source, say_nothing_found
 from server.services.references import References
 from server.services.requests import RagGenerate
 from server.services.retrieval import Retrieval, RetrievalTimings, Retrieved, check_query
 from server.services.validation import Violations, check_generation, check_messages, check_retrieval
-
-DEFAULT_ANSWER_TOKENS = 256  # kept free in the context for the answer where the caller sets no max_tokens
-# The chat template's own tokens around a prompt, and a tokenizer that joins texts otherwise than it counts them apart.
-TEMPLATE_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +70,7 @@ class RagAnswers:
         self._retrieval = retrieval
         self._engine = engine
         self._references = references
+        self._prompts = PromptWriter(engine)
 
     async def generate(self, organization: str, request: RagGenerate, request_id: str) -> RagAnswer:
         """Answer as a whole."""
@@ -100,31 +97,17 @@ class RagAnswers:
             for piece in _say_not_found(request, generator, retrieved):
                 yield piece
             return
-        chunks = await self._fit(generator, request, rag, retrieved)
-        yield Sources(chunks, True, retrieved.timings, retrieved.rerank)
-        messages = build_messages(request.query, chunks, template=rag.prompt_template, earlier=request.messages)
-        asked = GenerationRequest(request_id, generator, request.parameters, messages=messages)
+        prompt = await self._prompts.write(generator, request, rag.prompt_template, retrieved.chunks, settings.max_context_tokens)
+        yield Sources(prompt.chunks, True, retrieved.timings, retrieved.rerank)
+        asked = GenerationRequest(request_id, generator, request.parameters, messages=prompt.messages)
         texts: list[str] = []
         async with aclosing(self._engine.generate(asked)) as events:
             async for event in events:
                 if isinstance(event, GenerationFinished):
-                    yield _finish(request.model_id, generator, event, "".join(texts), chunks)
+                    yield _finish(request.model_id, generator, event, "".join(texts), prompt.chunks)
                     return
                 texts.append(event.text)
                 yield event
-
-    async def _fit(
-        self, generator: ModelReference, request: RagGenerate, rag: RagConfiguration, retrieved: Retrieved
-    ) -> Sequence[RetrievedChunk]:
-        """Take whole chunks, best first, while they fit into the generator's context; at least the best one."""
-        frame = build_messages(request.query, [], template=rag.prompt_template, earlier=request.messages)
-        texts = ["\n".join(message.content for message in frame), *(format_source(99, c) + "\n\n" for c in retrieved.chunks)]
-        counts = await self._engine.count_tokens(generator, texts)
-        context = await self._engine.read_context_tokens(generator)
-        room = context - counts[0] - TEMPLATE_TOKENS - (request.parameters.max_tokens or DEFAULT_ANSWER_TOKENS)
-        if retrieved.settings.max_context_tokens:
-            room = min(room, retrieved.settings.max_context_tokens)
-        return retrieved.chunks[: max(1, count_fitting(counts[1:], room))]
 
 
 def _finish(
@@ -140,7 +123,7 @@ def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: R
     nothing = Timings(0.0, 0.0, 0.0)
     return [
         Sources((), False, retrieved.timings, retrieved.rerank),
-        Delta(say_nothing_found(request.query)),
+        Delta(NOTHING_FOUND[detect_language(request.query)]),
         RagFinished(FinishReason.STOP, TokenUsage(0, 0), nothing, request.model_id, generator, (), 0, grounded=False),
     ]
 

@@ -13,7 +13,7 @@ from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSetti
 from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
-from server.services.rag_prompt import check_template
+from server.services.prompt_templates import check_template
 from server.services.requests import Created, CreateRagModel
 from server.services.reranking import check_cross_encoder
 from server.services.staging import check_documents, new_index_job, stage_documents
@@ -92,6 +92,16 @@ def find_warnings(embedding_model: str) -> Sequence[Finding]:
     return [Finding(None, "EMBEDDING_MODEL_NOT_TUNED", NOT_TUNED_NOTE, Severity.WARNING, "embedding_model")]
 
 
+def check_prompt_template(found: Violations, template: str) -> None:
+    """Check the template of a model's prompt; an empty one is the built-in one."""
+    found.text("prompt_template", template, MAX_TEMPLATE_CHARACTERS)
+    if template and len(template) <= MAX_TEMPLATE_CHARACTERS:
+        try:
+            check_template(template)
+        except InvalidInput as error:
+            found.extend(error, "")
+
+
 def _check_plain(found: Violations, request: CreateRagModel) -> None:
     found.name(request.display_name, request.description, request.request_id)
     found.labels(request.labels)
@@ -99,12 +109,7 @@ def _check_plain(found: Violations, request: CreateRagModel) -> None:
     if not found.found:
         check_settings(found, merge_retrieval(default_retrieval(request.embedding_model), request.retrieval))
     check_documents(found, request.documents, is_new=True)
-    found.text("prompt_template", request.prompt_template, MAX_TEMPLATE_CHARACTERS)
-    if request.prompt_template and len(request.prompt_template) <= MAX_TEMPLATE_CHARACTERS:
-        try:
-            check_template(request.prompt_template)
-        except InvalidInput as error:
-            found.add("prompt_template", str(error))
+    check_prompt_template(found, request.prompt_template)
 
 
 def _check_chunking(found: Violations, request: CreateRagModel, embedding_model: str) -> None:

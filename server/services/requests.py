@@ -81,13 +81,14 @@ class ExportVersion:
 
 @dataclass(frozen=True, slots=True)
 class UpdateModel:
-    """Names, labels and retrieval defaults to change. An empty label value removes the label."""
+    """Names, labels, retrieval defaults and the prompt template to change. An empty label value removes the label."""
 
     model_id: str
     display_name: str | None = None
     description: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     retrieval: RetrievalOverrides | None = None
+    prompt_template: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,9 @@ def test_what_a_caller_left_out_stays_left_out() -> None:
     generate = generation.generate_from_proto(inference_service_pb2.GenerateRequest(), found)
     assert (generate.prompt, generate.version, generate.parameters) == (None, None, GenerationParameters())
     update = models.update_model_from_proto(model_service_pb2.UpdateModelRequest(), found)
-    assert (update.display_name, update.description, update.retrieval) == (None, None, None)
+    assert (update.display_name, update.description, update.retrieval, update.prompt_template) == (None, None, None, None)
+    cleared = models.update_model_from_proto(model_service_pb2.UpdateModelRequest(prompt_template=""), found)
+    assert cleared.prompt_template == ""
     listed = jobs.list_jobs_from_proto(training_service_pb2.ListTrainingJobsRequest(), found)
     assert (listed.where.state, listed.where.kind, listed.where.model_id, listed.page.page_size) == (None, None, None, None)
     assert named(found) == []

@@ -84,6 +84,11 @@ CASES = [
     tune(("dataset_id",), inline_records=[], dataset_id=NO_DATASET), tune(("base_model",), base_model="no-such-model"),
     tune(("model_id",), model_id=NO_MODEL),
     rag(("embedding_model",), embedding_model="no-such-model"), rag(("generator_model_id",), generator_model_id=NO_MODEL),
+    missing("InferenceService/EvaluateRetrieval", model_id=NO_MODEL, queries=[{"query": "x", "relevant": [{"quote": "x"}]}]),
+    Case("InferenceService/EvaluateRetrieval", {"model_id": NO_MODEL, "queries": [{"query": ""}], "k_values": [0], "timeout_seconds": -1,
+         "configurations": [{"retrieval": {"similarity_threshold": 2, "top_k": 10**6}}]},
+         fields=("queries[0].query", "queries[0].relevant", "k_values[0]", "timeout_seconds",
+                 "configurations[0].retrieval.similarity_threshold", "configurations[0].retrieval.top_k")),
     # Versions.
     missing("ModelService/ListModelVersions", model_id=NO_MODEL), missing("ModelService/GetModelVersion", model_id=NO_MODEL, version=1),
     missing("ModelService/GetModelVersion", model_id="mdl_%2e%2e", version=-1),
@@ -130,7 +135,10 @@ CASES = [
     ask(("messages",), messages=[USER], prompt="x"), ask(("prompt",), messages=[], prompt=""),
     Case("InferenceService/RagGenerate", {"model_id": NO_MODEL, "query": ""}, fields=("query",)),
     tune(("inline_records[0]",), inline_records=[{"messages": [USER]}]), tune(("inline_records[0]",), inline_records=[{"prompt": "x"}]),
-    rag(("prompt_template",), prompt_template="{unknown}"), rag(("documents[0].text",), documents=[{"text": " "}]),
+    rag(("prompt_template",), prompt_template="{unknown} {question} {context}"),
+    rag(("prompt_template",), prompt_template="{question} {context} {{ 'x' * 999999999 }}"),
+    rag(("prompt_template",), prompt_template="{question} {context} {% for x in range(999999999) %}x{% endfor %}"),
+    rag(("documents[0].text",), documents=[{"text": " "}]),
     # Texts to embed.
     Case("InferenceService/Embed", {}, fields=("embedding_model", "texts", "role")),
     embed(("role",), role=9), embed(("texts[1]",), texts=["x", " "]), embed(("texts[0]",), texts=["x" * 100_001]),

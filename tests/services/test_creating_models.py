@@ -208,6 +208,26 @@ async def test_what_is_not_named_in_an_update_stays(use_cases: UseCases) -> None
     assert (changed.rag.retrieval.top_k, changed.rag.retrieval.similarity_threshold) == (9, 0.3)
 
 
+async def test_the_prompt_template_is_checked_and_changed(use_cases: UseCases) -> None:
+    bad = "{context}{% for x in range(999999999) %}{% endfor %}"
+    with pytest.raises(InvalidInput, match="loop over sources or history") as refusal:
+        await use_cases.models.create_rag_model(ORGANIZATION, rag(prompt_template=bad))
+    assert set(fields_of(refusal.value)) == {"prompt_template"}
+    model = (await use_cases.models.create_rag_model(ORGANIZATION, rag(prompt_template="{context} {question}"))).model
+    with pytest.raises(InvalidInput, match=r"prompt_template: knows no variable \{secret\}"):
+        await use_cases.models.update_model(ORGANIZATION, UpdateModel(model.model_id, prompt_template="{context} {question} {secret}"))
+    kept = await use_cases.models.update_model(ORGANIZATION, UpdateModel(model.model_id, description="d"))
+    assert kept.rag is not None
+    assert kept.rag.prompt_template == "{context} {question}"
+    for template in ("Q: {{ question }} {% for s in sources %}{{ s.text }}{% endfor %}", ""):
+        changed = await use_cases.models.update_model(ORGANIZATION, UpdateModel(model.model_id, prompt_template=template))
+        assert changed.rag is not None
+        assert changed.rag.prompt_template == template
+    tuned = (await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(**INLINE))).model
+    with pytest.raises(InvalidInput, match="RAG models only"):
+        await use_cases.models.update_model(ORGANIZATION, UpdateModel(tuned.model_id, prompt_template=""))
+
+
 async def test_cancelling_twice_is_harmless(use_cases: UseCases) -> None:
     made = await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(**INLINE))
     assert made.job is not None

@@ -151,12 +151,15 @@ class UpdateModelRequest(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     RETRIEVAL_FIELD_NUMBER: _builtins.int
+    PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The model, `mdl_…`. Required."""
     display_name: _builtins.str
     """Name for people, 1 to 200 characters. Unset: stays."""
     description: _builtins.str
     """What it is for, at most 2,000 characters. Unset: stays."""
+    prompt_template: _builtins.str
+    """Template of a RAG model's prompt, as in CreateRagModelRequest. Empty: back to the built-in one. Unset: stays."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels to set, at most 64 on a model; keys 1 to 63 characters, values at most 255. An empty value removes the label. Others stay."""
@@ -173,19 +176,24 @@ class UpdateModelRequest(_message.Message):
         description: _builtins.str | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         retrieval: _retrieval_pb2.RetrievalConfig | None = ...,
+        prompt_template: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_display_name", b"_display_name", "description", b"description", "display_name", b"display_name", "retrieval", b"retrieval"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_display_name", b"_display_name", "_prompt_template", b"_prompt_template", "description", b"description", "display_name", b"display_name", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_display_name", b"_display_name", "description", b"description", "display_name", b"display_name", "labels", b"labels", "model_id", b"model_id", "retrieval", b"retrieval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_description", b"_description", "_display_name", b"_display_name", "_prompt_template", b"_prompt_template", "description", b"description", "display_name", b"display_name", "labels", b"labels", "model_id", b"model_id", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__description: _TypeAlias = _typing.Literal["description"]  # noqa: Y015
     _WhichOneofArgType__description: _TypeAlias = _typing.Literal["_description", b"_description"]  # noqa: Y015
     _WhichOneofReturnType__display_name: _TypeAlias = _typing.Literal["display_name"]  # noqa: Y015
     _WhichOneofArgType__display_name: _TypeAlias = _typing.Literal["_display_name", b"_display_name"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_template: _TypeAlias = _typing.Literal["prompt_template"]  # noqa: Y015
+    _WhichOneofArgType__prompt_template: _TypeAlias = _typing.Literal["_prompt_template", b"_prompt_template"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__description) -> _WhichOneofReturnType__description | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__display_name) -> _WhichOneofReturnType__display_name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_template) -> _WhichOneofReturnType__prompt_template | None: ...
 
 Global___UpdateModelRequest: _TypeAlias = UpdateModelRequest  # noqa: Y015
 
@@ -444,7 +452,12 @@ class CreateRagModelRequest(_message.Message):
     embedding_model: _builtins.str
     """Model that embeds, by hub name, alias or path. Required."""
     prompt_template: _builtins.str
-    """Template of the prompt with the variables `{question}` and `{context}`, at most 20,000 characters. Empty: the built-in one."""
+    """Template of the prompt, at most 20,000 characters: with `{question}` and `{context}` (the numbered sources), or in Jinja with
+    `{{ question }}`, `{{ context }}`, `{{ language }}` (of the question, in English), `{{ language_code }}`, `sources` (each with
+    `number`, `title`, `text`, `page`, `document_id`, `metadata`) and `history` (each with `role`, `content`; then the earlier turns are no
+    messages of their own). `if`, a `for` over sources or history, and the filters trim, upper, lower, title, capitalize, length, default,
+    first, last; no calls, arithmetic or assignments. It must write the question and the sources. Empty: the built-in one.
+    """
     request_id: _builtins.str
     """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
     result, with another body it is ALREADY_EXISTS. Empty: no such protection.

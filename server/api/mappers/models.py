@@ -70,6 +70,7 @@ def update_model_from_proto(message: model_service_pb2.UpdateModelRequest, found
         description=message.description if message.HasField("description") else None,
         labels=dict(message.labels),
         retrieval=overrides_from_proto(message.retrieval, found) if message.HasField("retrieval") else None,
+        prompt_template=message.prompt_template if message.HasField("prompt_template") else None,
     )
 
 
