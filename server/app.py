@@ -158,6 +158,7 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     from server.childprocess import announce_ready
     from server.db.database import PostgresDatabase
     from server.db.queue import PostgresJobQueue
+    from server.db.vector_placement import PostgresVectorTables
     from server.jobs.files import JobFiles
     from server.jobs.localchild import LocalExecution
     from server.jobs.runner import JobRunner, LeaseTerms
@@ -170,7 +171,9 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     files = JobFiles(settings.storage_path, _open_objects(settings))
     terms = LeaseTerms(settings.lease_seconds, settings.heartbeat_seconds, settings.max_job_attempts)
     runner = JobRunner(queue, LocalExecution([sys.executable, "-m", "server"]), files, terms)
-    worker = Worker(queue, runner, files, ClaimLimits(settings.max_training_jobs, settings.max_index_jobs), terms)
+    worker = Worker(
+        queue, runner, files, ClaimLimits(settings.max_training_jobs, settings.max_index_jobs), terms, PostgresVectorTables(database)
+    )
     announce_ready(ready_fd)
     try:
         await worker.run(stop)

@@ -5,7 +5,7 @@ One transaction of the caller's holds all of it: whoever searches sees the old c
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Table, Text, cast, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from server.db.document_tables import IndexKey, chunk_vectors, chunks, documents, staged_documents
+from server.db.document_tables import IndexKey, chunks, documents, staged_documents
 from server.db.terms import delete_terms, insert_terms
+from server.db.vector_tables import lock_vectors
 from server.domain.documents import DocumentHeading, DocumentReading, DocumentState, DocumentWarning
 from server.domain.errors import InvalidInput
 from server.domain.retrieval import Chunk
@@ -71,6 +72,8 @@ async def commit_document(
 
     Raises InvalidInput, ChunksChanged.
     """
+    # Before the document, as everybody who writes: vectors that move to another table have arrived there.
+    vector_table = await lock_vectors(connection, key.index)
     query = select(documents.c.state, documents.c.path, documents.c.content_revision).where(*key.rows_of(documents))
     row = (await connection.execute(query.with_for_update())).one_or_none()
     if row is None:
@@ -82,7 +85,7 @@ async def commit_document(
     if error:
         await _store_error(connection, key, error, reading, was_found=row.state == DocumentState.INDEXED)
     else:
-        await replace_chunks(connection, key, new, vectors, dimension, reading.reused)
+        await replace_chunks(connection, key, vector_table, new, vectors, dimension, reading.reused)
         await _store_content(connection, key, staged, len(new), reading)
     if staged is None:
         return Committed(False, error, not error)
@@ -127,7 +130,13 @@ async def _store_content(
 
 
 async def replace_chunks(
-    connection: AsyncConnection, key: DocumentKey, new: Sequence[Chunk], vectors: bytes, dimension: int, reused: Sequence[int] = ()
+    connection: AsyncConnection,
+    key: DocumentKey,
+    vector_table: Table,
+    new: Sequence[Chunk],
+    vectors: bytes,
+    dimension: int,
+    reused: Sequence[int] = (),
 ) -> None:
     """Write a document's chunks, their terms and vectors in place of those it had.
 
@@ -137,23 +146,23 @@ async def replace_chunks(
     fresh = len(new) - len(reused)
     if len(vectors) != fresh * dimension * FLOAT16_BYTES or (new and dimension < 1):
         raise InvalidInput(f"{len(vectors)} bytes are not {fresh} vectors of {dimension} float16 numbers.")
-    written, embeddings = await _take_over(connection, key, new, vectors, dimension, set(reused))
+    old = await _read_old(connection, key, vector_table) if reused else {}
+    written, embeddings = _take_over(new, old, vectors, dimension, set(reused))
     await delete_terms(connection, key.index, key.document_id)
-    for table in (chunk_vectors, chunks):
+    for table in (vector_table, chunks):
         await connection.execute(delete(table).where(*key.rows_of(table)))
     if not new:
         return
     await connection.execute(insert(chunks), [key.columns | _describe_chunk(chunk) for chunk in written])
     rows = [key.columns | {"position": chunk.position, "embedding": each} for chunk, each in zip(written, embeddings, strict=True)]
-    await connection.execute(insert(chunk_vectors), rows)
+    await connection.execute(insert(vector_table), rows)
     await insert_terms(connection, key.index, key.document_id, written)
 
 
-async def _take_over(
-    connection: AsyncConnection, key: DocumentKey, new: Sequence[Chunk], vectors: bytes, dimension: int, reused: set[int]
+def _take_over(
+    new: Sequence[Chunk], old: Mapping[str, list[tuple[str, str]]], vectors: bytes, dimension: int, reused: set[int]
 ) -> tuple[list[Chunk], list[str]]:
     """Give the chunks as they will be written, with their vectors: the new ones', and those of equal chunks that are there."""
-    old = await _read_old(connection, key) if reused else {}
     rows = struct.iter_unpack(f"<{dimension}e", vectors) if vectors else iter(())
     written, embeddings = [], []
     for chunk in new:
@@ -169,12 +178,10 @@ async def _take_over(
     return written, embeddings
 
 
-async def _read_old(connection: AsyncConnection, key: DocumentKey) -> dict[str, list[tuple[str, str]]]:
+async def _read_old(connection: AsyncConnection, key: DocumentKey, vector_table: Table) -> dict[str, list[tuple[str, str]]]:
     """Give id and vector of the chunks that are there, by their hashes."""
-    same = tuple(
-        chunks.c[name] == chunk_vectors.c[name] for name in ("organization", "model_id", "document_id", "index_number", "position")
-    )
-    query = select(chunks.c.content_hash, chunks.c.chunk_id, cast(chunk_vectors.c.embedding, Text).label("embedding"))
+    same = tuple(chunks.c[name] == vector_table.c[name] for name in ("organization", "model_id", "document_id", "index_number", "position"))
+    query = select(chunks.c.content_hash, chunks.c.chunk_id, cast(vector_table.c.embedding, Text).label("embedding"))
     query = query.where(*key.rows_of(chunks), *same).order_by(chunks.c.position)
     old: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in await connection.execute(query):

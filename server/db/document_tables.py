@@ -114,6 +114,7 @@ documents = Table(
     # Sources may be longer than what an index takes.
     Index("documents_by_source", "organization", "model_id", literal_column("md5(source_uri)"), postgresql_where=HAS_SOURCE),
     Index("documents_by_original", "organization", "model_id", "original_sha256", postgresql_where=HAS_ORIGINAL),
+    Index("documents_by_metadata", "metadata", postgresql_using="gin", postgresql_ops={"metadata": "jsonb_path_ops"}),
 )
 
 

@@ -1,28 +1,25 @@
 """Rows of documents with their texts, chunks, vectors and terms, and the search over them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from psycopg import DataError as DataException
 from sqlalchemy import ColumnElement, Row, delete, func, insert, select
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.document_commits import WARNINGS, describe_text
 from server.db.document_tables import IndexKey, documents, rag_indexes, staged_documents
 from server.db.quotes import find_quotes
-from server.db.search import build_search
+from server.db.search import run_search
 from server.db.staging import insert_staged, same_document
 from server.db.terms import delete_terms
 from server.domain.documents import DOCUMENT_INVALID, Document, DocumentFormat, DocumentState, NewDocument
-from server.domain.errors import FailedPrecondition, InvalidInput, NotFound
+from server.domain.errors import NotFound
 from server.domain.ids import DOCUMENT, MODEL, is_id
-from server.domain.retrieval import Chunk, RetrievedChunk, Scores, Search
+from server.domain.retrieval import RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
 from server.services.ports import DocumentOriginal, Page
 
-DATA_EXCEPTION = "22000"  # pgvector: the dimensions differ
 _LISTED = [column for column in documents.c if column.name not in ("text", "page_starts", "headings")]
 
 
@@ -88,6 +85,10 @@ class PostgresDocuments:
     async def delete(self, model_id: str, document_id: str) -> Sequence[str]:
         """Remove a document with its chunks, vectors and terms, at once; give its files, for others to remove. Raises NotFound."""
         mine = self._own(model_id, document_id)
+        indexes = (rag_indexes.c.organization == self._organization, rag_indexes.c.model_id == model_id)
+        # The indexes before the document, as all who write: vectors that are on their way to another table have arrived.
+        numbers = select(rag_indexes.c.index_number).where(*indexes).order_by(rag_indexes.c.index_number)
+        written = (await self._connection.scalars(numbers.with_for_update(read=True, key_share=True))).all()
         # Locked first: a job that writes its chunks meanwhile would leave their terms counted.
         path = await self._connection.scalar(select(documents.c.path).where(*mine).with_for_update())
         if path is None:
@@ -98,10 +99,7 @@ class PostgresDocuments:
             staged_documents.c.document_id == document_id,
         )
         paths = [path, *(await self._connection.scalars(waiting)).all()]
-        numbers = select(rag_indexes.c.index_number).where(
-            rag_indexes.c.organization == self._organization, rag_indexes.c.model_id == model_id
-        )
-        for number in (await self._connection.scalars(numbers.order_by(rag_indexes.c.index_number))).all():
+        for number in written:
             await delete_terms(self._connection, IndexKey(self._organization, model_id, number), document_id)
         await self._connection.execute(delete(documents).where(*mine))
         return [each for each in paths if each]
@@ -109,22 +107,11 @@ class PostgresDocuments:
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
         """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared.
 
-        Every vector of the model is compared: that leg is exact. Raises InvalidInput for numbers that are none, FailedPrecondition
-        for a vector of another dimension.
+        Raises InvalidInput for numbers that are none, FailedPrecondition for a vector of another dimension, PlaceChanged.
         """
         if not is_id(model_id, MODEL) or search.settings.top_k < 1:
             return []
-        if not all(map(math.isfinite, search.vector)):
-            raise InvalidInput("The query's vector has numbers that are not finite.", reason="EMBEDDING_NOT_FINITE")
-        statement, parameters = build_search(self._organization, model_id, search)
-        try:
-            return [_retrieved_from_row(row) for row in await self._connection.execute(statement, parameters)]
-        except DBAPIError as error:
-            if isinstance(error.orig, DataException) and error.orig.sqlstate == DATA_EXCEPTION:
-                raise FailedPrecondition(
-                    f"The model's vectors do not have {len(search.vector)} numbers each.", reason="EMBEDDING_DIMENSION_MISMATCH"
-                ) from error
-            raise
+        return await run_search(self._connection, IndexKey(self._organization, model_id, search.index_number), search)
 
     async def read_sizes(self, model_id: str, document_ids: Sequence[str]) -> Mapping[str, int]:
         """Give the characters of those of the documents that are indexed."""
@@ -205,8 +192,3 @@ def _describe(new: NewDocument) -> dict[str, Any]:
         "headings": [],
         "warnings": [],
     }
-
-
-def _retrieved_from_row(row: Row[Any]) -> RetrievedChunk:
-    chunk = Chunk(row.chunk_id, row.position, row.text, row.char_start, row.char_end, row.token_count, row.page, tuple(row.heading_path))
-    return RetrievedChunk(chunk, row.document_id, row.title, Scores(row.similarity, row.lexical, row.fused), row.metadata)

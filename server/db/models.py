@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.document_tables import IndexKey, documents, rag_indexes
 from server.db.failures import violated_constraint
-from server.db.rag_indexes import INDEX_COLUMNS, index_from_row, insert_index
+from server.db.rag_indexes import INDEX_COLUMNS, PLACE_REVISION, index_from_row, insert_index
 from server.db.tables import IS_ACTIVE, jobs, model_exports, model_versions, models
 from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
@@ -64,6 +64,22 @@ class PostgresModels:
         if row is None:
             raise NotFound.of("model", model_id)
         return model_from_row(row)
+
+    async def read_rag(self, model_id: str) -> tuple[ModelState, RagConfiguration | None]:
+        """Read how a model searches and answers, and where; None where it is no RAG model. Counts nothing. Raises NotFound."""
+        if not is_id(model_id, MODEL):
+            raise NotFound.of("model", model_id)
+        serving = and_(
+            rag_indexes.c.organization == models.c.organization,
+            rag_indexes.c.model_id == models.c.model_id,
+            rag_indexes.c.index_number == models.c.serving_index,
+        )
+        columns = (models.c.state, models.c.rag, *INDEX_COLUMNS, PLACE_REVISION)
+        query = select(*columns).select_from(models.outerjoin(rag_indexes, serving)).where(*self._own(model_id))
+        row = (await self._connection.execute(query)).one_or_none()
+        if row is None:
+            raise NotFound.of("model", model_id)
+        return ModelState(row.state), _rag_from_row(row)
 
     async def list(self, where: ModelFilter, page: Page) -> Sequence[Model]:
         """List models, newest first."""
@@ -175,7 +191,6 @@ def uses_model(organization: str, model_id: str) -> ColumnElement[bool]:
 
 def model_from_row(row: Row[Any]) -> Model:
     """Read a row of `models` with its counts."""
-    rag = _RAG.from_json(row.rag)
     return Model(
         model_id=row.model_id,
         type=ModelType(row.type),
@@ -189,11 +204,16 @@ def model_from_row(row: Row[Any]) -> Model:
         technique=row.technique,
         serving_version=row.serving_version,
         version_count=row.version_count,
-        rag=replace(rag, index=index_from_row(row)) if rag else None,
+        rag=_rag_from_row(row),
         document_count=row.document_count,
         chunk_count=row.chunk_count,
         error=ERROR.from_json(row.error),
     )
+
+
+def _rag_from_row(row: Row[Any]) -> RagConfiguration | None:
+    rag = _RAG.from_json(row.rag)
+    return replace(rag, index=index_from_row(row)) if rag else None
 
 
 def version_from_row(row: Row[Any], exports: Sequence[Row[Any]] = ()) -> ModelVersion:

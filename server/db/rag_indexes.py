@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import ColumnElement, Row, Text, func, insert, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.document_tables import IndexKey, rag_indexes
@@ -13,6 +13,8 @@ from server.services.codec import Codec
 
 _CHUNKING = Codec[Chunking](Chunking)
 # The columns as a model's row carries those of the index that answers.
+# The versions of both rows: any change of the model, or of its index, gives a new one, and nobody can forget to count it up.
+PLACE_REVISION: ColumnElement[str] = literal_column("models.xmin || '.' || rag_indexes.xmin", Text).label("place_revision")
 INDEX_COLUMNS = [column.label(f"index_{column.name}") for column in rag_indexes.c if column.name not in ("organization", "model_id")]
 
 
@@ -60,4 +62,5 @@ def index_from_row(row: Row[Any]) -> RagIndex | None:
         index_key=row.index_index_key,
         dimension=row.index_dimension,
         vector_table=row.index_vector_table,
+        place_revision=getattr(row, "place_revision", ""),
     )

@@ -67,6 +67,15 @@ class RetrievalSettings:
     lexical_weight: float = 1.0
     filter: MetadataFilter = ()
     rerank: Rerank | None = None
+    # At most so many chunks of one document; 0: any number.
+    max_chunks_per_document: int = 0
+    # Maximal marginal relevance: how much relevance counts against being unlike what was chosen before, 0 to 1; 1: alone.
+    mmr_lambda: float = 1.0
+
+    @property
+    def is_diverse(self) -> bool:
+        """Whether chunks are chosen to be unlike each other."""
+        return self.mmr_lambda < 1
 
     @property
     def candidate_count(self) -> int:
@@ -88,6 +97,8 @@ class RetrievalOverrides:
     lexical_weight: float | None = None
     filter: MetadataFilter | None = None
     rerank: Rerank | None = None
+    max_chunks_per_document: int | None = None
+    mmr_lambda: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +110,35 @@ class QueryTerm:
     is_word: bool
 
 
+class PlaceChanged(Exception):
+    """An index does not lie any more where a search was sent, or something about its model has changed. Look it up again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlace:
+    """Where an index's chunks lay when it was looked up: its number, the key of the table of its vectors' own, if they have one.
+
+    `revision` is of the model and its index: it changes with anything that is stored about them.
+    """
+
+    index_number: int
+    revision: str
+    own_table: int | None = None
+    dimension: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """A search as the database runs it: the settings, and the query as a unit vector (not for LEXICAL) and as terms (not for DENSE).
 
-    `index_number` is the model's index that is searched.
+    `index_number` is the model's index that is searched. `place`: where it lay when it was looked up; None: look it up.
     """
 
     settings: RetrievalSettings
     vector: Sequence[float] = ()
     terms: Sequence[QueryTerm] = ()
     index_number: int = FIRST_INDEX
+    place: SearchPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)

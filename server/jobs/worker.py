@@ -10,7 +10,7 @@ import time
 from server.domain.errors import Unavailable
 from server.jobs.files import JobFiles
 from server.jobs.runner import JobRunner, LeaseTerms
-from server.services.job_queue import Claim, ClaimLimits, JobQueue
+from server.services.job_queue import Claim, ClaimLimits, JobQueue, VectorTables
 
 _logger = logging.getLogger(__name__)
 
@@ -18,6 +18,7 @@ _POLL_SECONDS = 1.0
 # Four times per lease: a dead worker's job waits at most a quarter of it longer.
 _REAPS_PER_LEASE = 4
 _SWEEP_SECONDS = 3600.0
+_TEND_SECONDS = 5.0
 # How long a job that FAILED keeps the checkpoints that a retry would go on from.
 _RETRY_SECONDS = 7 * 24 * 3600.0
 
@@ -25,17 +26,22 @@ _RETRY_SECONDS = 7 * 24 * 3600.0
 class Worker:
     """Claims and runs jobs until told to stop."""
 
-    def __init__(self, queue: JobQueue, runner: JobRunner, files: JobFiles, limits: ClaimLimits, terms: LeaseTerms) -> None:
+    def __init__(
+        self, queue: JobQueue, runner: JobRunner, files: JobFiles, limits: ClaimLimits, terms: LeaseTerms, vectors: VectorTables
+    ) -> None:
         self._queue = queue
         self._runner = runner
         self._files = files
         self._limits = limits
         self._terms = terms
+        self._vectors = vectors
         self._worker_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._next_reap = 0.0
         self._next_sweep = 0.0
+        self._tending: asyncio.Task[None] | None = None
+        self._next_tend = 0.0
 
     async def run(self, shutdown: asyncio.Event) -> None:
         """Work until `shutdown`, then wait until each running job is stopped and back in the queue."""
@@ -50,7 +56,10 @@ class Worker:
                     continue
         finally:
             closing.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            tending = [self._tending] if self._tending is not None else []
+            for task in tending:
+                task.cancel()  # what is half done, the next one does again
+            await asyncio.gather(*self._running, *tending, return_exceptions=True)
 
     async def _wake_at(self, shutdown: asyncio.Event) -> None:
         await shutdown.wait()
@@ -61,6 +70,7 @@ class Worker:
         try:
             await self._reap()
             await self._sweep()
+            self._tend()
             while not shutdown.is_set() and (claim := await self._claim()) is not None:
                 self._start(claim, shutdown)
         except Unavailable as error:
@@ -91,6 +101,22 @@ class Worker:
         self._next_reap = time.monotonic() + self._terms.lease_seconds / _REAPS_PER_LEASE
         for job_id in await self._queue.reap(self._terms.max_attempts):
             _logger.warning("job %s: its worker is gone, taken up again", job_id)
+
+    def _tend(self) -> None:
+        """See to the tables of large indexes, beside everything else: building an index takes minutes, of the database's time."""
+        if self._tending is not None and not self._tending.done():
+            return
+        if time.monotonic() >= self._next_tend:
+            self._next_tend = time.monotonic() + _TEND_SECONDS
+            self._tending = asyncio.create_task(self._tend_vectors(), name="vectors")
+
+    async def _tend_vectors(self) -> None:
+        try:
+            for done in await self._vectors.tend():
+                _logger.info("%s", done)
+        except Exception as error:
+            # Locks that others hold, a server that is away or full: nothing is lost, and the next turn tries again.
+            _logger.warning("the tables of large indexes were not seen to: %s", error)
 
     async def _sweep(self) -> None:
         if time.monotonic() < self._next_sweep:

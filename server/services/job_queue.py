@@ -107,3 +107,10 @@ class JobQueue(Protocol):
 
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""
+
+
+class VectorTables(Protocol):
+    """Gives the vectors of large indexes what makes searching them fast."""
+
+    async def tend(self) -> Sequence[str]:
+        """Do whatever is due; give a line for each thing that was done. One worker at a time does it, and may take minutes."""

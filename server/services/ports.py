@@ -16,7 +16,7 @@ from server.domain.engines import EngineStatus
 from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
-from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion
+from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion, RagConfiguration
 from server.domain.previews import Preview, PreviewOrder
 from server.domain.retrieval import MetadataValue, RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
@@ -86,6 +86,9 @@ class Models(Protocol):
 
     async def list_users(self, model_id: str) -> Sequence[str]:
         """Give the ids of RAG models that generate with this model."""
+
+    async def read_rag(self, model_id: str) -> tuple[ModelState, RagConfiguration | None]:
+        """Read how a model searches and answers, and where; None where it is no RAG model. Raises NotFound."""
 
     async def get_version(self, model_id: str, version: int) -> ModelVersion:
         """Read one version. Raises NotFound."""
@@ -193,7 +196,10 @@ class Documents(Protocol):
         """Remove a document with its chunks and vectors, at once; give its files, for others to remove. Raises NotFound."""
 
     async def search(self, model_id: str, search: Search) -> Sequence[RetrievedChunk]:
-        """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared."""
+        """Give the chunks that a search finds, best first, none below the threshold (`1 - cosine distance`) where vectors are compared.
+
+        Raises PlaceChanged where the search names a place that is not the index's any more.
+        """
 
     async def read_sizes(self, model_id: str, document_ids: Sequence[str]) -> Mapping[str, int]:
         """Give the characters of those of the documents that are indexed."""
@@ -260,6 +266,9 @@ class Database(Protocol):
 
     def transaction(self, organization: str) -> AbstractAsyncContextManager[Transaction]:
         """Open a unit of work."""
+
+    def reading(self, organization: str) -> AbstractAsyncContextManager[Transaction]:
+        """Open one for reading in which each query stands for itself: without the round trips that begin and end a transaction."""
 
 
 class JobFeed(Protocol):

@@ -1,13 +1,15 @@
 """Searching a RAG model's documents: what a query is turned into, the legs that run, and what is refused. Knows nothing of answers."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from server.domain.errors import FailedPrecondition
+from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from server.domain.generation import EmbedRole
 from server.domain.models import ModelState, RagConfiguration
-from server.domain.retrieval import MetadataFilter, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
+from server.domain.retrieval import MetadataFilter, PlaceChanged, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.lexical.analysis import analyse_query
 from server.services.ports import Database, Engine, Transaction
 from server.services.rag_models import merge_retrieval
@@ -16,6 +18,8 @@ from server.services.reranking import rerank_chunks
 from server.services.validation import Violations, check_retrieval, check_settings
 
 MAX_QUERY_CHARACTERS = 20_000
+MAX_KNOWN = 1_000  # models
+MAX_LOOKUPS = 3  # of one search: a model changes a few times in its life
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Retrieval:
     def __init__(self, database: Database, engine: Engine) -> None:
         self._database = database
         self._engine = engine
+        # By organization and model, the last read last.
+        self._known: OrderedDict[tuple[str, str], RagConfiguration] = OrderedDict()
 
     async def retrieve(self, organization: str, request: Retrieve) -> Retrieved:
         """Search without generating. Raises InvalidInput, NotFound, FailedPrecondition, Unavailable."""
@@ -51,19 +57,28 @@ class Retrieval:
         check_query(found, request.model_id, request.query)
         check_retrieval(found, request.retrieval)
         found.raise_if_any()
+        asked = (organization, request.model_id, request.query)
+        if known := self._known.get((organization, request.model_id)):
+            # What was read for an earlier call. The search itself tells, in its one round trip, whether it still holds.
+            with suppress(PlaceChanged, InvalidInput, NotFound, FailedPrecondition):
+                return await self._search(*asked, known, merge_retrieval(known.retrieval, request.retrieval))
         rag = await self.read_configuration(organization, request.model_id)
-        return await self.search(organization, request.model_id, request.query, rag, merge_retrieval(rag.retrieval, request.retrieval))
+        return await self.search(*asked, rag, merge_retrieval(rag.retrieval, request.retrieval))
 
     async def read_configuration(self, organization: str, model_id: str) -> RagConfiguration:
         """Read how a RAG model searches and answers. Raises NotFound, FailedPrecondition for another model or one that is not READY."""
-        async with self._database.transaction(organization) as transaction:
-            model = await transaction.models.get(model_id)
-        metadata = {"model_id": model_id, "state": model.state.value}
-        if model.rag is None:
+        self._known.pop((organization, model_id), None)
+        async with self._database.reading(organization) as transaction:
+            state, rag = await transaction.models.read_rag(model_id)
+        metadata = {"model_id": model_id, "state": state.value}
+        if rag is None:
             raise FailedPrecondition("This is no RAG model: ask it at /inference (Generate).", reason="NOT_A_RAG_MODEL", metadata=metadata)
-        if model.state is not ModelState.READY:
-            raise FailedPrecondition(f"The model is {model.state.value}, not READY.", reason="MODEL_NOT_READY", metadata=metadata)
-        return model.rag
+        if state is not ModelState.READY:
+            raise FailedPrecondition(f"The model is {state.value}, not READY.", reason="MODEL_NOT_READY", metadata=metadata)
+        while len(self._known) >= MAX_KNOWN:
+            self._known.popitem(last=False)
+        self._known[organization, model_id] = rag
+        return rag
 
     async def embed_queries(self, rag: RagConfiguration, queries: Sequence[str]) -> Sequence[Sequence[float]]:
         """Embed queries as the model's index demands, to unit vectors."""
@@ -78,7 +93,29 @@ class Retrieval:
         settings: RetrievalSettings,
         vector: Sequence[float] | None = None,
     ) -> Retrieved:
-        """Find the chunks for a query that was checked, best first. `vector`: the query as it was embedded before; None: embed it."""
+        """Find the chunks for a query that was checked, best first. `vector`: the query as it was embedded before; None: embed it.
+
+        Raises Unavailable where another index answers since `rag` was read.
+        """
+        for _ in range(MAX_LOOKUPS):
+            with suppress(PlaceChanged):
+                return await self._search(organization, model_id, query, rag, settings, vector)
+            fresh = await self.read_configuration(organization, model_id)
+            if fresh.index_number != rag.index_number:
+                break
+            rag = fresh
+        raise Unavailable("The model is being changed. Try again.", reason="MODEL_CHANGED", retry_after_seconds=0.0)
+
+    async def _search(
+        self,
+        organization: str,
+        model_id: str,
+        query: str,
+        rag: RagConfiguration,
+        settings: RetrievalSettings,
+        vector: Sequence[float] | None = None,
+    ) -> Retrieved:
+        """Search once. Raises PlaceChanged where the model or its index was changed since `rag` was read."""
         _check_together(settings)
         start = time.perf_counter()
         if settings.search_mode is SearchMode.LEXICAL:
@@ -91,8 +128,9 @@ class Retrieval:
             vector,
             analyse_query(query) if settings.search_mode is not SearchMode.DENSE else (),
             rag.index_number,
+            rag.index.place if rag.index else None,
         )
-        async with self._database.transaction(organization) as transaction:
+        async with self._database.reading(organization) as transaction:
             chunks = await transaction.documents.search(model_id, search)
             if not chunks and settings.filter:
                 await _check_filter(transaction, model_id, settings.filter)

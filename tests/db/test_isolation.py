@@ -64,6 +64,7 @@ async def _find_quotes(mine: PostgresTransaction, theirs: Theirs) -> Sequence[Sp
 
 CALLS: dict[str, Call] = {
     "models.get": lambda mine, theirs: mine.models.get(theirs.tuned.model_id, lock=True),
+    "models.read_rag": lambda mine, theirs: mine.models.read_rag(theirs.rag.model_id),
     "models.list": lambda mine, theirs: mine.models.list(ModelFilter(), Page(10)),
     "models.save": lambda mine, theirs: mine.models.save(replace(theirs.tuned, display_name="taken")),
     "models.delete": lambda mine, theirs: mine.models.delete(theirs.tuned.model_id),

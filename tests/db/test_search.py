@@ -14,7 +14,7 @@ from psycopg.rows import TupleRow
 from server.db import search as db_search
 from server.db.database import PostgresDatabase
 from server.db.document_commits import DocumentKey, replace_chunks
-from server.db.document_tables import IndexKey
+from server.db.document_tables import IndexKey, chunk_vectors
 from server.db.queue import PostgresJobQueue
 from server.db.rag_indexes import insert_index
 from server.domain.documents import NewDocument
@@ -85,6 +85,11 @@ async def collection(database: PostgresDatabase, queue: PostgresJobQueue) -> Col
 LEXICAL = RetrievalSettings(top_k=10, similarity_threshold=-1, search_mode=SearchMode.LEXICAL)
 HYBRID = replace(LEXICAL, search_mode=SearchMode.HYBRID)
 DENSE = replace(LEXICAL, search_mode=SearchMode.DENSE)
+
+
+def _limit(monkeypatch: pytest.MonkeyPatch, compared_chunks: int = 10_000, scanned_chunks: int = 10_000) -> None:
+    """Let collections of a few chunks count as large."""
+    monkeypatch.setattr(db_search.build_search, "__kwdefaults__", {"compared_chunks": compared_chunks, "scanned_chunks": scanned_chunks})
 
 
 async def find(
@@ -158,14 +163,29 @@ async def test_a_large_collection_is_searched_by_its_rarest_words(
     await add_collection(database, queue, passages, make_vectors(40))
     query = "common lantern number20"
     exact = await find(database, collection.model, query, LEXICAL)
-    monkeypatch.setattr(db_search.build_search, "__kwdefaults__", {"compared_chunks": 6})
-    by_words = await find(database, collection.model, query, LEXICAL)
-    # number20 stands in 1 chunk and lantern in 4, which leaves room for one word more; the 40 of "common" then come along.
-    assert by_words == exact
-    monkeypatch.setattr(db_search.build_search, "__kwdefaults__", {"compared_chunks": 5})
-    assert sorted(collection.places(await find(database, collection.model, query, LEXICAL))) == [0, 10, 20, 30]
-    monkeypatch.setattr(db_search.build_search, "__kwdefaults__", {"compared_chunks": 1})
-    assert collection.places(await find(database, collection.model, query, LEXICAL)) == [20]
+    for most in (5, 6, 39):
+        _limit(monkeypatch, compared_chunks=most)
+        by_words = await find(database, collection.model, query, LEXICAL)
+        # number20 stands in 1 chunk and lantern in 4: all of these, and of the 40 of "common" as many as are compared at most.
+        assert by_words[:4] == exact[:4]
+        assert len(by_words) <= min(10, most + 4)
+    _limit(monkeypatch, compared_chunks=3)
+    # lantern is a common word now, and so is what stands beside it: of those that have both, three.
+    found = collection.places(await find(database, collection.model, query, LEXICAL))
+    assert found[0] == 20
+    assert len({0, 10, 30} & set(found[1:4])) >= 2
+
+
+async def test_common_words_find_what_has_two_of_them(
+    database: PostgresDatabase, queue: PostgresJobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = ["red"] * 20 + ["blue"] * 20 + ["green"] * 21 + ["red green", "blue green", "red blue"]
+    collection = await add_collection(database, queue, passages, make_vectors(len(passages)))
+    _limit(monkeypatch, compared_chunks=5)
+    found = collection.places(await find(database, collection.model, "red blue green", LEXICAL))
+    assert sorted(found[:3]) == [61, 62, 63]
+    assert collection.places(await find(database, collection.model, "green blue", LEXICAL))[0] == 62
+    assert len(found) <= 3 + 5
 
 
 async def test_both_legs_are_fused_by_their_ranks(database: PostgresDatabase, collection: Collection) -> None:
@@ -246,7 +266,7 @@ async def test_only_the_asked_index_is_searched(
         second = IndexKey(ORGANIZATION, model_id, 2)
         await insert_index(connection, second, "other", Chunking())
         document = DocumentKey(second, collection.documents[4])
-        await replace_chunks(connection, document, make_chunks(["A lantern, shorter."]), VECTORS[:1].tobytes(), DIMENSION)
+        await replace_chunks(connection, document, chunk_vectors, make_chunks(["A lantern, shorter."]), VECTORS[:1].tobytes(), DIMENSION)
     for settings in (DENSE, LEXICAL, HYBRID):
         search = Search(settings, [float(number) for number in VECTORS[0]], analyse_query("lantern lighthouse"))
         async with database.transaction(ORGANIZATION) as transaction:

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from server.jobs.memory_kills import count_memory_kills
 from server.jobs.runner import JobRunner, LeaseTerms
 from server.jobs.worker import Worker
 from server.services.job_control import JobControl
-from server.services.job_queue import ClaimLimits
+from server.services.job_queue import ClaimLimits, VectorTables
 from server.storage.files import LocalFiles
 from tests.db import samples
 from tests.jobs.child_program import Script
@@ -35,6 +35,14 @@ LIMITS = ClaimLimits(training_jobs=1, index_jobs=1)
 _PATIENCE_SECONDS = 60.0
 
 
+class NoVectorTables:
+    """No index is large here."""
+
+    async def tend(self) -> Sequence[str]:
+        """Do nothing."""
+        return []
+
+
 def make_worker(
     queue: PostgresJobQueue,
     storage: Path,
@@ -43,11 +51,12 @@ def make_worker(
     *,
     pause_grace_seconds: float = 60.0,
     count_kills: Callable[[], int] = count_memory_kills,
+    vectors: VectorTables | None = None,
 ) -> Worker:
     """Put a worker together as the application does, with scripted children."""
     files = JobFiles(storage)
     execution = LocalExecution((sys.executable, "-m", "tests.jobs.child_program", str(storage)), count_kills)
-    return Worker(queue, JobRunner(queue, execution, files, terms, pause_grace_seconds), files, limits, terms)
+    return Worker(queue, JobRunner(queue, execution, files, terms, pause_grace_seconds), files, limits, terms, vectors or NoVectorTables())
 
 
 class Stage:

@@ -1,0 +1,252 @@
+"""The text of a search's statement, by all that it depends on. Values are parameters, but for limits: the planner must know those."""
+# ruff: noqa: S608  # made of fixed texts and numbers
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sqlalchemy import TextClause, text
+
+from server.db.terms import EVERY_CHUNK
+from server.db.vector_tables import name_vector_table
+from server.domain.retrieval import SearchMode
+from server.services.lexical.analysis import TERM_NUMBERS
+
+# Rounding aside, no similarity is above 1. The bound keeps NaN out, which PostgreSQL sorts above every number.
+MAX_SIMILARITY = 2.0
+# Cormack, Clarke and Büttcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods" (2009).
+RANK_OFFSET = 60
+# Documents of so many chunks together are compared one by one where a filter keeps no more of a large index.
+SCANNED_CHUNKS = 20_000
+# Up to so many chunks all are compared with a query's terms. In a larger collection the candidates are the chunks that hold its rarest
+# words: words are added, from the rarest on, until they stand in so many chunks together. On 7,000 English passages 200 lost nothing.
+COMPARED_CHUNKS = 5_000
+
+_MODEL = "organization = :organization AND model_id = :model_id"
+_INDEX = f"{_MODEL} AND index_number = :index_number"
+_ORDER = "{score} DESC, document_id, position"
+# What a chunk of a large collection must hold to be a candidate: a rare word; of the common ones two, at best; or the least common one.
+_WORD_TESTS = (
+    "words && (SELECT words FROM rare)",
+    "words @> (SELECT words[1:2] FROM common)",
+    "words @> (SELECT ARRAY[words[1], words[3]] FROM common)",
+    "words @> (SELECT words[2:3] FROM common)",
+    "words && (SELECT words[1:1] FROM common)",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a statement's text depends on.
+
+    `own_table`: the key of the table of the index's own, with an HNSW index for this `dimension`; None: the shared one, without.
+    `depth`: chunks of each leg. `pool`: of these the best, from which `most` are given, at most `per_document` (0: any) of a document.
+    `pairwise`: with each chunk its similarity to those before it.
+    """
+
+    mode: SearchMode
+    depth: int
+    pool: int
+    most: int
+    own_table: int | None = None
+    dimension: int = 0
+    conditions: tuple[str, ...] = ()
+    per_document: int = 0
+    pairwise: bool = False
+    compared_chunks: int = COMPARED_CHUNKS
+    scanned_chunks: int = SCANNED_CHUNKS
+
+    @property
+    def vectors(self) -> str:
+        """The table that holds the vectors."""
+        return name_vector_table(self.own_table)
+
+    @property
+    def distance(self) -> str:
+        """The cosine distance; with an index, in the very words that make the planner use it."""
+        return f"embedding <=> CAST(:vector AS halfvec{f'({self.dimension})' if self.own_table is not None else ''})"
+
+    @property
+    def score(self) -> str:
+        """What the chunks are ordered by."""
+        return {SearchMode.DENSE: "similarity", SearchMode.LEXICAL: "lexical", SearchMode.HYBRID: "fused"}[self.mode]
+
+
+@lru_cache(maxsize=1_000)
+def write_statement(shape: Shape) -> TextClause:
+    """Write the statement: a row for each chunk, best first; one row without a chunk where nothing is found.
+
+    Every row has `revision`: of the model and its index as the search saw them.
+    """
+    parts = [_CURRENT]
+    parts += [_write_matching(shape)] if shape.conditions else []
+    parts += [_write_dense(shape)] if shape.mode is not SearchMode.LEXICAL else []
+    parts += [_QUERY_TERMS, _write_candidates(shape), _write_lexical(shape)] if shape.mode is not SearchMode.DENSE else []
+    parts += [_write_found(shape), _write_best(shape)]
+    return text(f"WITH {', '.join(parts)}{_write_hits(shape)}")
+
+
+_CURRENT = f"""
+current AS (
+    SELECT models.xmin || '.' || rag_indexes.xmin AS revision
+    FROM models JOIN rag_indexes USING (organization, model_id) WHERE {_INDEX}
+)"""
+
+# BM25: the chunk's part of each weight is stored, rarity and boost are the query's. `weighted` has only terms that the collection has.
+_QUERY_TERMS = f"""
+collection AS (SELECT chunk_count AS size FROM term_counts WHERE {_INDEX} AND term = {EVERY_CHUNK}),
+weighted AS (
+    SELECT asked.number, asked.is_word, counted.chunk_count,
+        asked.boost * ln(1 + (greatest(size - chunk_count, 0) + 0.5) / (chunk_count + 0.5)) AS weight
+    FROM unnest(CAST(:numbers AS integer[]), CAST(:boosts AS double precision[]), CAST(:are_words AS boolean[]))
+        AS asked (number, boost, is_word)
+    JOIN term_counts AS counted ON {_INDEX} AND counted.term = asked.number AND counted.chunk_count > 0
+    CROSS JOIN collection
+),
+query AS (
+    SELECT CAST('{{' || string_agg(number || ':' || CAST(weight AS real), ',') || '}}/{TERM_NUMBERS}' AS sparsevec) AS terms FROM weighted
+)"""
+
+
+def _write_conditions(shape: Shape) -> str:
+    return " AND ".join((_MODEL, *shape.conditions))
+
+
+def _write_matching(shape: Shape) -> str:
+    """Find the documents that a filter keeps, and say whether they are few; no more are read than answers this."""
+    most = max(shape.scanned_chunks, shape.compared_chunks)
+    return f"""
+matching AS MATERIALIZED (
+    SELECT document_id, greatest(chunk_count, 1) AS chunk_count FROM documents WHERE {_write_conditions(shape)} LIMIT {most + 1}
+),
+breadth AS (SELECT coalesce(sum(chunk_count), 0) AS chunks FROM matching)"""
+
+
+def _write_match(shape: Shape, table: str) -> str:
+    """Test a row's document as the row comes, never as a join: the scan keeps its order and ends when there are enough."""
+    return f"(SELECT true FROM documents WHERE documents.document_id = {table}.document_id AND {_write_conditions(shape)})"
+
+
+def _write_dense(shape: Shape) -> str:
+    chosen = f"SELECT document_id, position, 1 - ({shape.distance}) AS score FROM"
+    if shape.own_table is None:
+        kept = f" AND document_id IN (SELECT document_id FROM documents WHERE {_write_conditions(shape)})" if shape.conditions else ""
+        search = f"{chosen} {shape.vectors} WHERE {_INDEX}{kept} ORDER BY {shape.distance}, document_id, position LIMIT {shape.depth}"
+    elif not shape.conditions:
+        # The table holds this index alone. Any other condition or order would keep the planner from its HNSW index.
+        search = f"{chosen} {shape.vectors} ORDER BY {shape.distance} LIMIT {shape.depth}"
+    else:
+        # Few documents: their chunks, found by key, are compared exactly. Many: the index is scanned on until enough of them came.
+        search = f"""(
+        {chosen} matching JOIN {shape.vectors} USING (document_id)
+        WHERE {_INDEX} AND (SELECT chunks FROM breadth) <= {shape.scanned_chunks} ORDER BY {shape.distance} LIMIT {shape.depth}
+    ) UNION ALL (
+        {chosen} {shape.vectors}
+        WHERE (SELECT chunks FROM breadth) > {shape.scanned_chunks} AND {_write_match(shape, shape.vectors)}
+        ORDER BY {shape.distance} LIMIT {shape.depth}
+    )"""
+    return f"""
+dense AS MATERIALIZED (
+    {search}
+)"""
+
+
+def _write_candidates(shape: Shape) -> str:
+    return f"""
+ranked AS (
+    SELECT CAST(:scope AS bigint) | number AS word, chunk_count, sum(chunk_count) OVER (ORDER BY chunk_count, number) AS chunks_together
+    FROM weighted WHERE is_word
+),
+rare AS (SELECT array_agg(word) AS words FROM ranked WHERE chunks_together <= {shape.compared_chunks}),
+common AS (
+    SELECT array_agg(word ORDER BY chunk_count, word) AS words
+    FROM (SELECT * FROM ranked WHERE chunks_together > {shape.compared_chunks} ORDER BY chunk_count, word LIMIT 3) AS rarest
+)"""
+
+
+def _write_lexical(shape: Shape) -> str:
+    """Compare all chunks of a small collection, or of few documents; else those that the index of words gives, so many of each kind.
+
+    Both halves stand in the plan; what is counted before either starts lets one of them run.
+    """
+    is_small = f"(SELECT size FROM collection) <= {shape.compared_chunks}"
+    few, kept = "", ""
+    if shape.conditions:
+        few = f" OR (SELECT chunks FROM breadth) <= {shape.compared_chunks}"
+        kept = f" AND {_write_match(shape, 'chunk_terms')}"
+    whole = f"({is_small}{few})"
+    by_words = "\n        UNION ALL ".join(
+        f"(SELECT * FROM (SELECT * FROM chunk_terms WHERE {_INDEX} AND {test} LIMIT {shape.compared_chunks}) AS chunk_terms"
+        f" WHERE NOT {whole}{kept})"
+        for test in _WORD_TESTS
+    )
+    score = "-(weights <#> (SELECT terms FROM query))"
+    return f"""
+lexical AS MATERIALIZED (
+    SELECT document_id, position, score FROM (
+        SELECT document_id, position, {score} AS score FROM chunk_terms WHERE {_INDEX} AND {whole}{kept}
+        UNION
+        SELECT document_id, position, {score} FROM (
+        {by_words}
+        ) AS candidates
+    ) AS compared
+    WHERE score > 0 ORDER BY score DESC, document_id, position LIMIT {shape.depth}
+)"""
+
+
+def _write_found(shape: Shape) -> str:
+    """Name the scores. A fused chunk gets both, also where only one leg found it: similarity for the threshold, the other at the end."""
+    if shape.mode is SearchMode.DENSE:
+        return "\nfound AS (SELECT document_id, position, score AS similarity, NULL AS lexical, NULL AS fused FROM dense)"
+    if shape.mode is SearchMode.LEXICAL:
+        return "\nfound AS (SELECT document_id, position, NULL AS similarity, score AS lexical, NULL AS fused FROM lexical)"
+    return f"""
+fused AS (
+    SELECT document_id, position, dense.score AS similarity, lexical.score AS lexical,
+        coalesce(:dense_weight / ({RANK_OFFSET} + dense.place), 0) + coalesce(:lexical_weight / ({RANK_OFFSET} + lexical.place), 0) AS fused
+    FROM (SELECT *, row_number() OVER (ORDER BY score DESC, document_id, position) AS place
+        FROM dense WHERE score <= {MAX_SIMILARITY}) AS dense
+    FULL JOIN (SELECT *, row_number() OVER (ORDER BY score DESC, document_id, position) AS place FROM lexical) AS lexical
+        USING (document_id, position)
+),
+found AS (
+    SELECT document_id, position, coalesce(similarity, (SELECT 1 - ({shape.distance}) FROM {shape.vectors} AS vectors WHERE {_INDEX}
+        AND vectors.document_id = fused.document_id AND vectors.position = fused.position)) AS similarity, lexical, fused
+    FROM fused WHERE fused > 0
+)"""
+
+
+def _write_best(shape: Shape) -> str:
+    """Keep what passes the threshold, the best of it, and of each document so many."""
+    # After the limit of the dense leg: below it lie the last ones only, and each distance is computed once.
+    threshold = "true" if shape.mode is SearchMode.LEXICAL else f"similarity BETWEEN :similarity_threshold AND {MAX_SIMILARITY}"
+    order = _ORDER.format(score=shape.score)
+    best = f"SELECT * FROM found WHERE {threshold} ORDER BY {order} LIMIT {shape.pool}"
+    if shape.per_document:
+        numbered = f"SELECT *, row_number() OVER (PARTITION BY document_id ORDER BY {order}) AS of_document FROM ({best}) AS best"
+        best = f"SELECT * FROM ({numbered}) AS best WHERE of_document <= {shape.per_document} ORDER BY {order} LIMIT {shape.most}"
+    placed = f"SELECT best.*, row_number() OVER (ORDER BY {order}) AS place FROM ({best}) AS best"
+    if shape.pairwise:
+        vectors = f"SELECT embedding FROM {shape.vectors} AS vectors WHERE {_INDEX}"
+        of_chunk = "vectors.document_id = placed.document_id AND vectors.position = placed.position"
+        placed = f"SELECT placed.*, embedding FROM ({placed}) AS placed JOIN LATERAL ({vectors} AND {of_chunk}) AS vectors ON true"
+    return f"\nplaced AS MATERIALIZED ({placed})"
+
+
+def _write_hits(shape: Shape) -> str:
+    lexical = "placed.lexical"
+    if shape.mode is SearchMode.HYBRID:
+        of_chunk = "chunk_terms.document_id = placed.document_id AND chunk_terms.position = placed.position"
+        computed = f"SELECT -(weights <#> (SELECT terms FROM query)) FROM chunk_terms WHERE {_INDEX} AND {of_chunk}"
+        lexical = f"coalesce(placed.lexical, ({computed}), 0)"
+    pairs = "NULL"
+    if shape.pairwise:
+        similar = "array_agg(CAST(1 - (other.embedding <=> placed.embedding) AS real) ORDER BY other.place)"
+        pairs = f"(SELECT {similar} FROM placed AS other WHERE other.place < placed.place)"
+    return f"""
+SELECT current.revision, hits.* FROM current LEFT JOIN (
+    SELECT chunks.*, documents.title, documents.metadata, placed.place, placed.similarity, {lexical} AS lexical, placed.fused,
+        {pairs} AS pairs
+    FROM placed JOIN chunks USING (document_id, position) JOIN documents USING (organization, model_id, document_id)
+    WHERE {_INDEX}
+) AS hits ON true
+ORDER BY hits.place"""
