@@ -159,14 +159,15 @@ class Chunk:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        """The innermost of its headings that fit before its text; the one that its text begins with is not said twice."""
-        path = self.heading_path[:-1] if self.heading_path and self.text.startswith(self.heading_path[-1]) else self.heading_path
-        kept = 0
+        """The innermost of its headings that fit before its text; those that its text begins with are not said twice."""
+        lines = [line.strip("# \t") for line in self.text.split("\n", 3 * len(self.heading_path)) if line.strip()]
+        path = [heading for heading in self.heading_path if heading not in lines[: len(self.heading_path)]]
         room = MAX_HEADING_CHARACTERS
-        while kept < len(path) and len(path[-kept - 1]) < room:
-            room -= len(path[-kept - 1]) + 1
-            kept += 1
-        return path[len(path) - kept :]
+        kept: list[str] = []
+        while path and len(path[-1]) < room:
+            kept.insert(0, path.pop())
+            room -= len(kept[0]) + 1
+        return tuple(kept)
 
     @property
     def searched_text(self) -> str:

@@ -3,6 +3,7 @@
 What is wrong with one document becomes its error; what is wrong with the storage or the machine is raised.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ class DocumentCutter:
                 char_end=cut.char_end,
                 token_count=cut.token_count,
                 page=parsed.find_page(cut.char_start),
-                heading_path=parsed.find_heading_path(cut.char_start),
+                heading_path=find_heading_path(parsed, cut.char_start, cut.char_end),
             )
 
     def _find_problem(self, cut: CutDocument, text: str) -> str:
@@ -90,6 +91,24 @@ class DocumentCutter:
         if size_bytes > self.max_event_bytes:
             return f"The document is too long to be indexed as one ({len(cut.chunks):,} chunks): add it in parts."
         return ""
+
+
+def find_heading_path(parsed: ParsedDocument, start: int, end: int) -> tuple[str, ...]:
+    """Give the headings over a chunk's first words that are no heading: a section's first chunk begins with the section's own heading."""
+    path, place = parsed.find_heading_path(start), start
+    following = bisect_right(parsed.headings, start, key=lambda heading: heading.char_start)
+    if following and parsed.headings[following - 1].char_start == start:
+        place = _find_line_end(parsed.text, start + len(path[-1]))
+    for heading in parsed.headings[following:]:
+        if heading.char_start >= end or parsed.text[place : heading.char_start].strip():
+            break
+        path, place = heading.path, _find_line_end(parsed.text, heading.char_start + len(heading.path[-1]))
+    return path
+
+
+def _find_line_end(text: str, place: int) -> int:
+    end = text.find("\n", place)
+    return end if end >= 0 else len(text)
 
 
 def find_reused(chunks: Sequence[Chunk], known: Sequence[str]) -> list[int]:
