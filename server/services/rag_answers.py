@@ -5,18 +5,17 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from server.domain.generation import (
-    ChatMessage,
     Delta,
     FinishReason,
     GenerationFinished,
     GenerationRequest,
     ModelReference,
-    Role,
     Timings,
     TokenUsage,
 )
 from server.domain.retrieval import Citation, RerankOutcome, RetrievedChunk
 from server.services.citations import cite_answer
+from server.services.followups import make_self_standing
 from server.services.languages import NOTHING_FOUND, detect_language
 from server.services.ports import Engine
 from server.services.prompt_writing import PromptWriter
@@ -24,7 +23,7 @@ from server.services.rag_models import merge_retrieval
 from server.services.references import References
 from server.services.requests import RagGenerate
 from server.services.retrieval import Retrieval, RetrievalTimings, Retrieved, check_query
-from server.services.validation import Violations, check_generation, check_messages, check_retrieval
+from server.services.validation import Violations, check_generation, check_retrieval
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +33,7 @@ class Sources:
     chunks: Sequence[RetrievedChunk]
     grounded: bool
     timings: RetrievalTimings
+    searched_query: str
     rerank: RerankOutcome | None = None
 
 
@@ -92,13 +92,14 @@ class RagAnswers:
         rag = await self._retrieval.read_configuration(organization, request.model_id)
         generator = await self._references.resolve(organization, rag.generator_model_id)
         settings = merge_retrieval(rag.retrieval, request.retrieval)
-        retrieved = await self._retrieval.search(organization, request.model_id, request.query, rag, settings)
+        query = make_self_standing(request.query, request.messages)
+        retrieved = await self._retrieval.search(organization, request.model_id, query, rag, settings)
         if not retrieved.chunks:
             for piece in _say_not_found(request, generator, retrieved):
                 yield piece
             return
         prompt = await self._prompts.write(generator, request, rag.prompt_template, retrieved.chunks, settings.max_context_tokens)
-        yield Sources(prompt.chunks, True, retrieved.timings, retrieved.rerank)
+        yield Sources(prompt.chunks, True, retrieved.timings, retrieved.searched_query, retrieved.rerank)
         asked = GenerationRequest(request_id, generator, request.parameters, messages=prompt.messages)
         texts: list[str] = []
         async with aclosing(self._engine.generate(asked)) as events:
@@ -122,7 +123,7 @@ def _finish(
 def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: Retrieved) -> Sequence[RagEvent]:
     nothing = Timings(0.0, 0.0, 0.0)
     return [
-        Sources((), False, retrieved.timings, retrieved.rerank),
+        Sources((), False, retrieved.timings, retrieved.searched_query, retrieved.rerank),
         Delta(NOTHING_FOUND[detect_language(request.query)]),
         RagFinished(FinishReason.STOP, TokenUsage(0, 0), nothing, request.model_id, generator, (), 0, grounded=False),
     ]
@@ -130,8 +131,7 @@ def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: R
 
 def _check(request: RagGenerate) -> None:
     found = Violations()
-    check_query(found, request.model_id, request.query)
-    check_messages(found, [*request.messages, ChatMessage(Role.USER, request.query or "?")], allows_tools=False)
+    check_query(found, request.model_id, request.query, request.messages)
     check_retrieval(found, request.retrieval)
     check_generation(found, request.parameters)
     if request.parameters.n != 1:

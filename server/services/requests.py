@@ -217,11 +217,12 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class Retrieve:
-    """A search without generation."""
+    """A search without generation, with the conversation before it."""
 
     model_id: str
     query: str
     retrieval: RetrievalOverrides
+    messages: Sequence[ChatMessage] = ()
 
 
 @dataclass(frozen=True, slots=True)

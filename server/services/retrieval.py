@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
-from server.domain.generation import EmbedRole
+from server.domain.generation import ChatMessage, EmbedRole, Role
 from server.domain.models import ModelState, RagConfiguration
 from server.domain.retrieval import MetadataFilter, PlaceChanged, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
-from server.services.lexical.analysis import analyse_query
+from server.services.followups import StandingQuery, make_self_standing
 from server.services.ports import Database, Engine, Transaction
 from server.services.rag_models import merge_retrieval
 from server.services.requests import Retrieve
 from server.services.reranking import rerank_chunks
-from server.services.validation import Violations, check_retrieval, check_settings
+from server.services.validation import Violations, check_messages, check_retrieval, check_settings
 
 MAX_QUERY_CHARACTERS = 20_000
 MAX_KNOWN = 1_000  # models
@@ -39,6 +39,7 @@ class Retrieved:
     chunks: Sequence[RetrievedChunk]
     settings: RetrievalSettings
     timings: RetrievalTimings
+    searched_query: str
     rerank: RerankOutcome | None = None
 
 
@@ -54,10 +55,10 @@ class Retrieval:
     async def retrieve(self, organization: str, request: Retrieve) -> Retrieved:
         """Search without generating. Raises InvalidInput, NotFound, FailedPrecondition, Unavailable."""
         found = Violations()
-        check_query(found, request.model_id, request.query)
+        check_query(found, request.model_id, request.query, request.messages)
         check_retrieval(found, request.retrieval)
         found.raise_if_any()
-        asked = (organization, request.model_id, request.query)
+        asked = (organization, request.model_id, make_self_standing(request.query, request.messages))
         if known := self._known.get((organization, request.model_id)):
             # What was read for an earlier call. The search itself tells, in its one round trip, whether it still holds.
             with suppress(PlaceChanged, InvalidInput, NotFound, FailedPrecondition):
@@ -88,7 +89,7 @@ class Retrieval:
         self,
         organization: str,
         model_id: str,
-        query: str,
+        query: StandingQuery,
         rag: RagConfiguration,
         settings: RetrievalSettings,
         vector: Sequence[float] | None = None,
@@ -110,7 +111,7 @@ class Retrieval:
         self,
         organization: str,
         model_id: str,
-        query: str,
+        query: StandingQuery,
         rag: RagConfiguration,
         settings: RetrievalSettings,
         vector: Sequence[float] | None = None,
@@ -121,12 +122,12 @@ class Retrieval:
         if settings.search_mode is SearchMode.LEXICAL:
             vector = ()
         elif vector is None:
-            vector = (await self.embed_queries(rag, [query]))[0]
+            vector = (await self.embed_queries(rag, [query.searched]))[0]
         embedded = time.perf_counter()
         search = Search(
             replace(settings, top_k=settings.candidate_count),
             vector,
-            analyse_query(query) if settings.search_mode is not SearchMode.DENSE else (),
+            query.analyse() if settings.search_mode is not SearchMode.DENSE else (),
             rag.index_number,
             rag.index.place if rag.index else None,
         )
@@ -136,17 +137,21 @@ class Retrieval:
                 await _check_filter(transaction, model_id, settings.filter)
         searched, outcome = time.perf_counter(), None
         if settings.rerank is not None:
-            chunks, outcome = await rerank_chunks(self._engine, settings.rerank, query, chunks, settings.top_k)
+            chunks, outcome = await rerank_chunks(self._engine, settings.rerank, query.searched, chunks, settings.top_k)
         end = time.perf_counter()
         timings = RetrievalTimings(embedded - start, searched - embedded, end - start, end - searched if outcome else 0.0)
-        return Retrieved(chunks, settings, timings, outcome)
+        return Retrieved(chunks, settings, timings, query.searched, outcome)
 
 
-def check_query(found: Violations, model_id: str, query: str) -> None:
+def check_query(found: Violations, model_id: str, query: str, earlier: Sequence[ChatMessage]) -> None:
     """Check what every question carries."""
     if not model_id:
         found.add("model_id", "is required")
     found.text("query", query, MAX_QUERY_CHARACTERS, least=1)
+    check_messages(found, [*earlier, ChatMessage(Role.USER, "?")], allows_tools=False)
+    for place, message in enumerate(earlier):
+        if message.tool_calls:
+            found.add(f"messages[{place}].tool_calls", "must not be given here")
 
 
 def _check_together(settings: RetrievalSettings) -> None:

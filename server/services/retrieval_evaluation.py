@@ -23,6 +23,7 @@ from server.domain.retrieval_evaluation import (
     check_query,
     parse_query,
 )
+from server.services.followups import StandingQuery
 from server.services.ports import Database, Files
 from server.services.rag_models import merge_retrieval
 from server.services.ranking import RANKED, Ranking, average, compare, rank_chunks, summarise
@@ -122,7 +123,9 @@ class RetrievalEvaluator:
 
         async def search(text: str, vector: Sequence[float] | None, passages: Sequence[Sequence[Span]]) -> tuple[Ranking, RetrievalTimings]:
             async with slots:
-                retrieved = await self._retrieval.search(asked.organization, asked.model_id, text, asked.rag, settings, vector)
+                retrieved = await self._retrieval.search(
+                    asked.organization, asked.model_id, StandingQuery(text), asked.rag, settings, vector
+                )
             return rank_chunks(retrieved.chunks, passages), retrieved.timings
 
         try:

@@ -93,7 +93,7 @@ DOCUMENT = Document(
 FOUND = RetrievedChunk(Chunk("chk_1", 0, "a quote", 0, 7, 2), "doc_1", "t", Scores(similarity=0.5), {"year": 2026})
 RAG_ANSWER = RagAnswer(
     text="quote [1]",
-    sources=Sources([FOUND], True, RetrievalTimings(0.1, 0.2, 0.3)),
+    sources=Sources([FOUND], True, RetrievalTimings(0.1, 0.2, 0.3), "where is it"),
     finished=RagFinished(
         finish_reason=FinishReason.STOP,
         usage=TokenUsage(10, 2),

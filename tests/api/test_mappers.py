@@ -188,11 +188,11 @@ def test_what_became_of_a_reranking_goes_with_every_answer() -> None:
     for message in (
         rag.rag_answer_to_proto(replace(RAG_ANSWER, sources=sources)),
         rag.sources_to_proto(sources),
-        retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), late)),
+        retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), "q", late)),
     ):
         written = json_format.MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         assert written["rerank"] == said
-    done = retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), RerankOutcome(20)))
+    done = retrieval.retrieved_to_proto(Retrieved([], settings, RetrievalTimings(0.1, 0.2, 0.8, 0.5), "q", RerankOutcome(20)))
     assert (done.rerank.reranked, done.rerank.reason, done.timings.rerank_seconds) == (True, 0, 0.5)
     assert not rag.rag_answer_to_proto(RAG_ANSWER).HasField("rerank")
 

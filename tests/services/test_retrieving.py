@@ -9,6 +9,7 @@ import pytest
 from server.db.database import PostgresDatabase
 from server.domain.documents import NewDocument
 from server.domain.errors import InvalidInput, Unavailable
+from server.domain.generation import ChatMessage, Role
 from server.domain.models import Model
 from server.domain.retrieval import MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
@@ -64,6 +65,27 @@ async def test_a_filter_on_a_key_that_no_document_has_is_refused_by_name(library
     where = (MetadataCondition("lang", exists=True), MetadataCondition("Lang", equals="en"))
     with pytest.raises(InvalidInput, match=r"retrieval\.filter\.conditions\[1\]\.key: no document of this model has 'Lang'"):
         await library.find("lighthouse", filter=where)
+
+
+async def test_a_question_that_leans_on_an_earlier_one_is_found_by_its_words(library: Library) -> None:
+    turns = (ChatMessage(Role.USER, "Where is the lighthouse?"), ChatMessage(Role.ASSISTANT, "In Orvale."))
+    lexical = RetrievalOverrides(search_mode=SearchMode.LEXICAL)
+    alone = await library.retrieval.retrieve(ORGANIZATION, Retrieve(library.model.model_id, "When was it built?", lexical))
+    led = await library.retrieval.retrieve(ORGANIZATION, Retrieve(library.model.model_id, "When was it built?", lexical, turns))
+    assert ([hit.chunk.text for hit in alone.chunks], alone.searched_query) == ([], "When was it built?")
+    assert ([hit.chunk.text for hit in led.chunks], led.searched_query) == ([TEXTS[1]], "lighthouse When was it built?")
+    arabic = (ChatMessage(Role.USER, "ماذا تضيء منارة أورفال؟"), ChatMessage(Role.ASSISTANT, "الميناء."))
+    led = await library.retrieval.retrieve(ORGANIZATION, Retrieve(library.model.model_id, "ومنذ متى؟", lexical, arabic))
+    assert [hit.chunk.text for hit in led.chunks] == [TEXTS[0]]
+
+
+async def test_a_conversation_before_a_search_is_checked(library: Library) -> None:
+    system = (ChatMessage(Role.USER, "a"), ChatMessage(Role.USER, ""))
+    with pytest.raises(InvalidInput, match=r"messages\[1\]\.content"):
+        await library.retrieval.retrieve(ORGANIZATION, Retrieve(library.model.model_id, "q", RetrievalOverrides(), system))
+    many = tuple(ChatMessage(Role.USER if place % 2 == 0 else Role.ASSISTANT, "x") for place in range(1_000))
+    with pytest.raises(InvalidInput, match=r"messages: must be at most 1000, not 1001"):
+        await library.retrieval.retrieve(ORGANIZATION, Retrieve(library.model.model_id, "q", RetrievalOverrides(), many))
 
 
 async def test_weights_that_search_nothing_are_refused(library: Library) -> None:

@@ -787,6 +787,7 @@ class RagGenerateResponse(_message.Message):
     GROUNDED_FIELD_NUMBER: _builtins.int
     DROPPED_CITATION_COUNT_FIELD_NUMBER: _builtins.int
     RERANK_FIELD_NUMBER: _builtins.int
+    SEARCHED_QUERY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -801,6 +802,8 @@ class RagGenerateResponse(_message.Message):
     """False: nothing passed the threshold; no model was asked and the text says so."""
     dropped_citation_count: _builtins.int
     """Citations that the model wrote and that stand in no source; they were dropped."""
+    searched_query: _builtins.str
+    """What was searched for: the query, led by words of the user's earlier turns where it does not stand by itself."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """What was read and written; zeros if no model was asked."""
@@ -841,10 +844,11 @@ class RagGenerateResponse(_message.Message):
         grounded: _builtins.bool = ...,
         dropped_citation_count: _builtins.int = ...,
         rerank: _retrieval_pb2.RerankOutcome | None = ...,
+        searched_query: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "generator_version", b"generator_version", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "searched_query", b"searched_query", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__generator_version: _TypeAlias = _typing.Literal["generator_version"]  # noqa: Y015
     _WhichOneofArgType__generator_version: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version"]  # noqa: Y015
@@ -912,8 +916,11 @@ class StreamRagGenerateResponse(_message.Message):
         GROUNDED_FIELD_NUMBER: _builtins.int
         RETRIEVAL_TIMINGS_FIELD_NUMBER: _builtins.int
         RERANK_FIELD_NUMBER: _builtins.int
+        SEARCHED_QUERY_FIELD_NUMBER: _builtins.int
         grounded: _builtins.bool
         """False: nothing passed the threshold; the text will say so."""
+        searched_query: _builtins.str
+        """What was searched for: the query, led by words of the user's earlier turns where it does not stand by itself."""
         @_builtins.property
         def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.RetrievedChunk]:
             """Chunks that the model is given, best first; source number n is the n-th."""
@@ -933,10 +940,11 @@ class StreamRagGenerateResponse(_message.Message):
             grounded: _builtins.bool = ...,
             retrieval_timings: _retrieval_pb2.RetrievalTimings | None = ...,
             rerank: _retrieval_pb2.RerankOutcome | None = ...,
+            searched_query: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["rerank", b"rerank", "retrieval_timings", b"retrieval_timings"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "grounded", b"grounded", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "grounded", b"grounded", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "searched_query", b"searched_query"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1053,6 +1061,7 @@ class RetrieveRequest(_message.Message):
     MODEL_ID_FIELD_NUMBER: _builtins.int
     QUERY_FIELD_NUMBER: _builtins.int
     RETRIEVAL_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """The RAG model, `mdl_…`. Required."""
     query: _builtins.str
@@ -1061,16 +1070,21 @@ class RetrieveRequest(_message.Message):
     def retrieval(self) -> _retrieval_pb2.RetrievalConfig:
         """How chunks are found; each field that is set overrides the model's own."""
 
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
+        """Earlier turns of the conversation, oldest first; no system turn. Default none."""
+
     def __init__(
         self,
         *,
         model_id: _builtins.str = ...,
         query: _builtins.str = ...,
         retrieval: _retrieval_pb2.RetrievalConfig | None = ...,
+        messages: _abc.Iterable[_message_pb2.Message] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retrieval", b"retrieval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "query", b"query", "retrieval", b"retrieval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model_id", b"model_id", "query", b"query", "retrieval", b"retrieval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1086,6 +1100,9 @@ class RetrieveResponse(_message.Message):
     RETRIEVAL_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     RERANK_FIELD_NUMBER: _builtins.int
+    SEARCHED_QUERY_FIELD_NUMBER: _builtins.int
+    searched_query: _builtins.str
+    """What was searched for: the query, led by words of the user's earlier turns where it does not stand by itself."""
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.RetrievedChunk]:
         """The chunks, best first."""
@@ -1109,10 +1126,11 @@ class RetrieveResponse(_message.Message):
         retrieval: _retrieval_pb2.RetrievalConfig | None = ...,
         timings: _retrieval_pb2.RetrievalTimings | None = ...,
         rerank: _retrieval_pb2.RerankOutcome | None = ...,
+        searched_query: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["rerank", b"rerank", "retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "rerank", b"rerank", "retrieval", b"retrieval", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunks", b"chunks", "rerank", b"rerank", "retrieval", b"retrieval", "searched_query", b"searched_query", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,7 @@ def rag_answer_to_proto(answer: RagAnswer) -> inference_service_pb2.RagGenerateR
         grounded=finished.grounded,
         dropped_citation_count=finished.dropped_citation_count,
         rerank=rerank_outcome_to_proto(answer.sources.rerank),
+        searched_query=answer.sources.searched_query,
     )
 
 
@@ -74,6 +75,7 @@ def sources_to_proto(sources: Sources) -> StreamResponse.Sources:
         grounded=sources.grounded,
         retrieval_timings=timings_to_proto(sources.timings),
         rerank=rerank_outcome_to_proto(sources.rerank),
+        searched_query=sources.searched_query,
     )
 
 

@@ -4,6 +4,7 @@ from modeltraining.v1 import inference_service_pb2, retrieval_pb2
 
 from server.api.mappers.documents import metadata_to_proto
 from server.api.mappers.filters import filter_from_proto, filter_to_proto
+from server.api.mappers.generation import messages_from_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto
 from server.domain.retrieval import (
     MAX_CANDIDATES,
@@ -132,7 +133,9 @@ def timings_to_proto(timings: RetrievalTimings) -> retrieval_pb2.RetrievalTiming
 
 def retrieve_from_proto(message: inference_service_pb2.RetrieveRequest, found: Violations) -> Retrieve:
     """Read a search."""
-    return Retrieve(message.model_id, message.query, overrides_from_proto(message.retrieval, found))
+    return Retrieve(
+        message.model_id, message.query, overrides_from_proto(message.retrieval, found), messages_from_proto(message.messages, found)
+    )
 
 
 def retrieved_to_proto(retrieved: Retrieved) -> inference_service_pb2.RetrieveResponse:
@@ -142,4 +145,5 @@ def retrieved_to_proto(retrieved: Retrieved) -> inference_service_pb2.RetrieveRe
         retrieval=settings_to_proto(retrieved.settings),
         timings=timings_to_proto(retrieved.timings),
         rerank=rerank_outcome_to_proto(retrieved.rerank),
+        searched_query=retrieved.searched_query,
     )
