@@ -9,14 +9,12 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS
 from server.domain.cross_encoders import CROSS_ENCODERS
-from server.domain.embeddings import Embeddings
-from server.domain.generation import EmbedRole
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from server.childprocess import Emit, Signals
     from server.domain.orders import Order
     from server.inference.client import EngineClient
-    from server.rag.embedding import Embedder
     from server.storage.artefacts import ArtefactStore
     from server.storage.files import LocalFiles
     from server.storage.mirror import Mirror
@@ -202,27 +199,13 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     engine = EmbeddedEngine(
         base_models=source,
         versions=store,
-        embedder=_Listing(Embedder(lambda name: source.resolve(name).directory, shelf)),
+        embedder=Embedder(lambda name: source.resolve(name).directory, shelf),
         reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
         previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=int(memory_bytes * ENGINE_MEMORY_SHARE),
     )
     await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
-
-
-class _Listing:
-    """Gives what the rag room's embedder gives as the vocabulary that crosses the engine's socket."""
-
-    def __init__(self, embedder: "Embedder") -> None:
-        self._embedder = embedder
-        self.is_loaded, self.load = embedder.is_loaded, embedder.load
-
-    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
-        """Embed to unit vectors, one per text."""
-        loaded = self._embedder.load(embedding_model)
-        vectors, token_counts = loaded.encode_counted(texts, role)
-        return Embeddings(cast("list[list[float]]", vectors.tolist()), loaded.dimension, token_counts, loaded.profile.max_tokens)
 
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:

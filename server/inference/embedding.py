@@ -29,7 +29,7 @@ class Embedder(Protocol):
     def load(self, embedding_model: str) -> object:
         """Bring the model into memory. Raises ServiceError."""
 
-    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Embed to unit vectors. Raises ServiceError."""
 
 
@@ -52,11 +52,13 @@ class EmbeddingLanes:
         if not self._embedder.is_loaded(embedding_model):
             await _run(self._loads, partial(self._embedder.load, embedding_model))
         if role is EmbedRole.QUERY and len(texts) <= MAX_QUERIES_AT_ONCE:
-            return await _run(self._queries, partial(self._embedder.embed, embedding_model, texts, role))
+            return await _run(self._queries, partial(self._embedder.embed_texts, embedding_model, texts, role))
         parts = []
         places = _slice(texts)
         for part in places:
-            parts.append(await _run(self._bulk, partial(self._embedder.embed, embedding_model, [texts[place] for place in part], role)))
+            parts.append(
+                await _run(self._bulk, partial(self._embedder.embed_texts, embedding_model, [texts[place] for place in part], role))
+            )
         return _join(places, parts)
 
 

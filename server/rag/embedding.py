@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.domain.catalogue import Pooling
+from server.domain.embeddings import Embeddings
 from server.domain.errors import ServiceError
 from server.domain.generation import EmbedRole
 from server.rag.batches import cut_batches
@@ -75,6 +76,12 @@ class Embedder:
         whatever `resolve` raises.
         """
         return self.load(embedding_model).encode(texts, role)
+
+    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+        """Do the same, and tell how many tokens the texts have."""
+        loaded = self.load(embedding_model)
+        vectors, token_counts = loaded.encode_counted(texts, role)
+        return Embeddings(cast("list[list[float]]", vectors.tolist()), loaded.dimension, token_counts, loaded.profile.max_tokens)
 
     def is_loaded(self, embedding_model: str) -> bool:
         """Tell whether the model is in memory."""

@@ -76,7 +76,7 @@ def run_index(
     bytes_per_vector = loaded.dimension * 2 * 4 // 3 + 256
     cutter = DocumentCutter(order.spec.chunking, loaded.tokenizer, fetch, limits or Limits(), bytes_per_vector, max_event_bytes)
     for group in _group(_cut_documents(storage_root / order.documents_path, cutter)):
-        vectors = _embed(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop)
+        vectors = embed_chunks(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop)
         if vectors is None:
             return
         for event in _make_events(group, vectors, loaded.dimension):
@@ -129,7 +129,7 @@ def _group(cuts: Iterator[CutDocument]) -> Iterator[list[CutDocument]]:
         yield group
 
 
-def _embed(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[], bool]) -> Vectors | None:
+def embed_chunks(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[], bool]) -> Vectors | None:
     """Embed chunks in groups; None where the job was told to stop in between."""
     rows: list[Vectors] = [np.zeros((0, loaded.dimension), dtype=np.float32)]
     for first in range(0, len(chunks), CHUNKS_PER_GROUP):

@@ -33,7 +33,7 @@ class Held:
             assert self.gate.wait(10)
         self._loaded.add(embedding_model)
 
-    def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
         """Give [length, letter] for each text."""
         self.embedded.append(texts)
         self.niceness[role] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

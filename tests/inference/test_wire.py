@@ -118,7 +118,7 @@ async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Pat
             if embedding_model != "lengths":
                 raise NotFound.of("embedding model", embedding_model)
 
-        def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+        def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
             vectors = [[len(text) / 3, 1.0 if role is EmbedRole.QUERY else 2.0] for text in texts]
             return Embeddings(vectors, 2, [len(text) for text in texts], 7)
 
