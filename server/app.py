@@ -92,6 +92,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.inference_service import InferenceService
     from server.services.job_control import JobControl
     from server.services.model_service import ModelService
+    from server.services.preloading import Preloader
     from server.services.previews import Previews
     from server.services.rag_models import RagModels
     from server.services.references import References
@@ -127,9 +128,11 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     try:
         await server.start()
         announce_ready(ready_fd)
-        watch = asyncio.create_task(_report_engine_health(engine, server))
+        preloader = Preloader(engine, references, settings.preload_models or (), settings.pinned_models or ())
+        watches = [asyncio.create_task(_report_engine_health(engine, server)), asyncio.create_task(preloader.run(ORGANIZATION))]
         await stop.wait()
-        watch.cancel()
+        for watch in watches:
+            watch.cancel()
         await server.stop(STOP_GRACE_SECONDS)
     finally:
         await engine.close()

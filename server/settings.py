@@ -90,6 +90,10 @@ def _import_roots(text: str) -> tuple[str, ...]:
     return roots
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(re.split(r"[\s,]+", text)))
+
+
 def _word(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.upper() not in allowed:
@@ -180,6 +184,15 @@ class Settings:
     )
     kv_cache_tokens: int = _variable(
         "KV_CACHE_TOKENS", _integer(256, 1 << 30), "32768", "Tokens of context that the engine keeps over all running generations."
+    )
+    model_idle_seconds: float = _variable(
+        "MODEL_IDLE_SECONDS", _number(0.0, 1e9), "3600", "A model that the engine has loaded and that nobody asks for so long is unloaded."
+    )
+    preload_models: tuple[str, ...] | None = _variable(
+        "PRELOAD_MODELS", _names, "", "Models (ids or names, separated by spaces or commas) that the engine loads at its start."
+    )
+    pinned_models: tuple[str, ...] | None = _variable(
+        "PINNED_MODELS", _names, "", "The same, and they stay loaded: neither idle time nor other models make them leave."
     )
     torch_threads: int = _variable("TORCH_THREADS", _integer(0, 1024), "0", "Threads of each computing process; 0: one per core.")
     hub_token: str | None = _variable("HF_TOKEN", str, "", "Token for gated models of the Hugging Face hub.")

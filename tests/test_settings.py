@@ -29,6 +29,12 @@ def test_the_promised_variables_are_read() -> None:
     assert (settings.max_training_jobs, settings.default_batch_size, settings.default_learning_rate) == (3, 7, 3e-4)
 
 
+def test_models_to_load_ahead_are_named_one_after_the_other() -> None:
+    settings = read(PRELOAD_MODELS="smollm2, mdl_1  mdl_2", PINNED_MODELS="mdl_3", MODEL_IDLE_SECONDS="60")
+    assert (settings.preload_models, settings.pinned_models, settings.model_idle_seconds) == (("smollm2", "mdl_1", "mdl_2"), ("mdl_3",), 60)
+    assert read().preload_models is None
+
+
 def test_the_storage_may_be_a_bucket_with_copies_in_the_cache() -> None:
     settings = read(MODEL_STORAGE_PATH="s3://models-1/some/place/", MODEL_CACHE_PATH="/srv/c")
     assert (settings.storage_url, settings.storage_path) == ("s3://models-1/some/place", Path("/srv/c/storage"))

@@ -82,6 +82,19 @@ def test_promoting_and_rolling_back_switch_what_a_running_engine_answers_at_once
         assert (answer["version"], answer["text"]) == (version, pinned[version])
 
 
+def test_an_answer_that_runs_ends_on_the_version_that_began_it(stack: Stack, model_id: str) -> None:
+    post(stack, f"/models/{model_id}/versions/2/promote", {})
+    end_token = {"1": -100.0}  # the tiny model's: so that the answer is long enough to be overtaken
+    parameters = {"temperature": 0, "max_tokens": 400, "logit_bias": end_token}
+    running = stream(stack, "POST", "/inference/stream", {"model_id": model_id, "prompt": QUESTION, "parameters": parameters})
+    next(running)
+    post(stack, f"/models/{model_id}/versions/1/promote", {})
+    assert ask(stack, model_id)["version"] == 1, "new requests are switched at once"
+    *_, last = running
+    assert (last["finished"]["version"], last["finished"]["usage"]["completion_tokens"]) == (2, 400)
+    post(stack, f"/models/{model_id}/versions/2/promote", {})
+
+
 def test_a_download_loads_with_plain_peft_and_gives_the_served_answer(stack: Stack, model_id: str, tmp_path: Path) -> None:
     version = f"{stack.api}/models/{model_id}/versions/1"
     files = httpx.get(f"{version}/files").json()["files"]
