@@ -76,6 +76,10 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
         lexical_weight=settings.lexical_weight if asked.lexical_weight is None else asked.lexical_weight,
         filter=settings.filter if asked.filter is None else asked.filter,
         rerank=settings.rerank if asked.rerank is None else (asked.rerank if asked.rerank.model else None),
+        max_chunks_per_document=(
+            settings.max_chunks_per_document if asked.max_chunks_per_document is None else asked.max_chunks_per_document
+        ),
+        mmr_lambda=settings.mmr_lambda if asked.mmr_lambda is None else asked.mmr_lambda,
     )
 
 

@@ -237,6 +237,8 @@ def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: st
     found.number(f"{prefix}max_context_tokens", retrieval.max_context_tokens, 1, MAX_CONTEXT_TOKENS)
     found.number(f"{prefix}dense_weight", retrieval.dense_weight, 0, MAX_WEIGHT)
     found.number(f"{prefix}lexical_weight", retrieval.lexical_weight, 0, MAX_WEIGHT)
+    found.number(f"{prefix}max_chunks_per_document", retrieval.max_chunks_per_document, 0, MAX_TOP_K)
+    found.number(f"{prefix}mmr_lambda", retrieval.mmr_lambda, 0, 1)
     if retrieval.rerank is not None:
         found.text(f"{prefix}rerank.model", retrieval.rerank.model, MAX_MODEL_CHARACTERS)
         found.number(f"{prefix}rerank.candidates", retrieval.rerank.candidates, 0, MAX_CANDIDATES)

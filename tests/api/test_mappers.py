@@ -119,6 +119,8 @@ def test_what_a_caller_left_out_stays_left_out() -> None:
     empty = models.create_fine_tuned_from_proto(model_service_pb2.CreateFineTunedModelRequest(), found)
     assert (empty.technique, empty.parameters, empty.eval_fraction) == (None, ParametersRequest(), None)
     assert retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(), found) == RetrievalOverrides()
+    varied = retrieval_pb2.RetrievalConfig(max_chunks_per_document=0, mmr_lambda=0.0)
+    assert retrieval.overrides_from_proto(varied, found) == RetrievalOverrides(max_chunks_per_document=0, mmr_lambda=0.0)
     generate = generation.generate_from_proto(inference_service_pb2.GenerateRequest(), found)
     assert (generate.prompt, generate.version, generate.parameters) == (None, None, GenerationParameters())
     update = models.update_model_from_proto(model_service_pb2.UpdateModelRequest(), found)
@@ -208,9 +210,9 @@ FILTER = (
 
 def test_search_settings_read_back_as_they_were_written() -> None:
     found = Violations()
-    settings = RetrievalSettings(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER)
+    settings = RetrievalSettings(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER, None, 3, 0.25)
     read = retrieval.overrides_from_proto(retrieval.settings_to_proto(settings), found)
-    assert read == RetrievalOverrides(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER)
+    assert read == RetrievalOverrides(7, -0.5, SearchMode.HYBRID, 900, 0.0, 2.5, FILTER, None, 3, 0.25)
     assert [type(value) for condition in read.filter or () for value in condition.any_of] == [str, int, bool]
     assert not found.found
 

@@ -21,6 +21,7 @@ from server.domain.documents import NewDocument
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.models import Model
 from server.domain.retrieval import Chunking, MetadataCondition, RetrievalSettings, RetrievedChunk, Search, SearchMode
+from server.services.diversity import choose_diverse
 from server.services.lexical.analysis import analyse_passage, analyse_query
 from tests.db.samples import ORGANIZATION, add_model, make_chunks, make_rag_model, make_vectors, start_job
 
@@ -305,3 +306,49 @@ async def test_terms_are_counted_as_documents_come_change_and_go(
         for document_id in collection.documents[3:]:
             await transaction.documents.delete(model_id, document_id)
     assert _read_counts(sql) == {}
+
+
+def _compare(vectors: NDArray[numpy.float16]) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
+    """The similarities of all vectors to the first, and to each other."""
+    unit = vectors.astype(numpy.float64)
+    unit /= numpy.linalg.norm(unit, axis=1, keepdims=True)
+    return unit @ unit[0], unit @ unit.T
+
+
+@pytest.mark.parametrize("settings", [DENSE, HYBRID, LEXICAL], ids=lambda settings: settings.search_mode)
+async def test_chunks_that_are_unlike_each_other_are_chosen(
+    database: PostgresDatabase, queue: PostgresJobQueue, settings: RetrievalSettings
+) -> None:
+    vectors = make_vectors(12, 4, seed=8)
+    collection = await add_collection(database, queue, [f"harbour storm {'old ' * n}" for n in range(12)], vectors)
+    plain = await find(database, collection.model, "harbour storm", replace(settings, top_k=12), vectors[0])
+    relevances, pairs = _compare(vectors)
+    order = collection.places(plain)
+    scores = [(hit.scores.similarity if settings is DENSE else hit.scores.fused or hit.scores.lexical) or 0.0 for hit in plain]
+    shares = scores if settings is DENSE else [score / scores[0] for score in scores]
+    ranked = [[float(pairs[one, other]) for other in order[:number]] for number, one in enumerate(order)]
+    for mmr_lambda in (0.0, 0.4, 0.9):  # at 0.5 all that is likest to the query ties
+        expected = [order[number] for number in choose_diverse(shares, ranked, mmr_lambda, 5)]
+        found = await find(database, collection.model, "harbour storm", replace(settings, top_k=5, mmr_lambda=mmr_lambda), vectors[0])
+        assert collection.places(found) == expected
+        assert expected != order[:5] or mmr_lambda > 0.5
+
+
+async def test_a_document_gives_no_more_chunks_than_it_may(database: PostgresDatabase, queue: PostgresJobQueue) -> None:
+    model = await add_model(database, make_rag_model())
+    texts = {name: [f"harbour {name} {n}" for n in range(6)] for name in ("storm", "bakery", "library")}
+    new = [(new_id(DOCUMENT), NewDocument(name)) for name in texts]
+    async with database.transaction(ORGANIZATION) as transaction:
+        await transaction.documents.insert(model.model_id, new)
+    lease = await start_job(database, queue, model)
+    vectors = make_vectors(18, DIMENSION, seed=4)
+    for number, ((document_id, _), chunks) in enumerate(zip(new, texts.values(), strict=True)):
+        data = vectors[number * 6 : number * 6 + 6]
+        await queue.commit_document(lease, document_id, make_chunks(chunks), data.tobytes(), DIMENSION, "", 3)
+    for settings in (DENSE, LEXICAL, HYBRID):
+        everything = await find(database, model, "harbour storm", replace(settings, top_k=18), vectors[0])
+        for most in (1, 2):
+            expected = [hit for n, hit in enumerate(everything) if [h.document_id for h in everything[:n]].count(hit.document_id) < most]
+            found = await find(database, model, "harbour storm", replace(settings, top_k=4, max_chunks_per_document=most), vectors[0])
+            assert found == expected[:4]
+            assert len(found) == min(4, 3 * most)

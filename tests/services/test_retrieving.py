@@ -97,9 +97,9 @@ def test_a_request_overrides_what_it_sets() -> None:
     where = (MetadataCondition("lang", equals="en"),)
     settings = RetrievalSettings(5, 0.3, SearchMode.HYBRID, 100, 2.0, 3.0, where)
     assert merge_retrieval(settings, RetrievalOverrides()) == settings
-    changed = RetrievalOverrides(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, (MetadataCondition("year", exists=True),), Rerank("m"))
+    changed = RetrievalOverrides(7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, (MetadataCondition("year", exists=True),), Rerank("m"), 3, 0.4)
     assert merge_retrieval(settings, changed) == RetrievalSettings(
-        7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, changed.filter or (), Rerank("m")
+        7, -1.0, SearchMode.DENSE, 200, 0.0, 0.5, changed.filter or (), Rerank("m"), 3, 0.4
     )
 
 

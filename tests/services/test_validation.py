@@ -1,6 +1,7 @@
 """Checks of plain values: every bad field at once, none too many."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -124,8 +125,9 @@ def test_what_names_no_tool_is_refused(tool: str) -> None:
 def test_search_settings_out_of_range_are_refused() -> None:
     found = Violations()
     bad = RetrievalOverrides(top_k=0, similarity_threshold=2, max_context_tokens=0, dense_weight=-1, lexical_weight=math.nan, filter=())
-    check_retrieval(found, bad)
-    names = ("top_k", "similarity_threshold", "max_context_tokens", "dense_weight", "lexical_weight", "filter.conditions")
+    check_retrieval(found, replace(bad, max_chunks_per_document=-1, mmr_lambda=1.5))
+    names = ["top_k", "similarity_threshold", "max_context_tokens", "dense_weight", "lexical_weight"]
+    names += ["max_chunks_per_document", "mmr_lambda", "filter.conditions"]
     assert fields_of(found) == [f"retrieval.{name}" for name in names]
 
 

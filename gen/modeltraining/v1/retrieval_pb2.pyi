@@ -98,6 +98,8 @@ class RetrievalConfig(_message.Message):
     RERANK_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_CHUNKS_PER_DOCUMENT_FIELD_NUMBER: _builtins.int
+    MMR_LAMBDA_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many chunks are answered at most, 1 to 1000. Default 5."""
     similarity_threshold: _builtins.float
@@ -112,6 +114,16 @@ class RetrievalConfig(_message.Message):
     """Weight of the lexical ranks in HYBRID, 0 (not searched by) to 100. Default 1."""
     max_context_tokens: _builtins.int
     """How much of the generator's window the chunks may fill, in its own tokens, 1 to 131,072. Default: what the prompt and the answer leave."""
+    max_chunks_per_document: _builtins.int
+    """At most so many chunks of one document, 0 (any number) to 1000, chosen from the best `10 * top_k` (50 to 1000) chunks: fewer than
+    `top_k` are answered where these are of few documents. Default 0.
+    """
+    mmr_lambda: _builtins.float
+    """Chooses chunks that say different things, by maximal marginal relevance among the best `4 * top_k` (50 to 1000): how much relevance
+    counts against being unlike the chunks chosen before, 0 (unlikeness alone) to 1 (relevance alone). Chunks are answered in the order in
+    which they were chosen; with `rerank` they are the candidates. Relevance is the similarity, in LEXICAL and HYBRID the score as a share
+    of the best one. Default 1.
+    """
     @_builtins.property
     def rerank(self) -> Global___RetrievalConfig.Rerank:
         """Scoring again with a cross-encoder. Unset: none."""
@@ -131,17 +143,23 @@ class RetrievalConfig(_message.Message):
         rerank: Global___RetrievalConfig.Rerank | None = ...,
         filter: Global___MetadataFilter | None = ...,
         max_context_tokens: _builtins.int | None = ...,
+        max_chunks_per_document: _builtins.int | None = ...,
+        mmr_lambda: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_context_tokens", b"_max_context_tokens", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_context_tokens", b"max_context_tokens", "rerank", b"rerank", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_context_tokens", b"_max_context_tokens", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_context_tokens", b"max_context_tokens", "rerank", b"rerank", "search_mode", b"search_mode", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "search_mode", b"search_mode", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dense_weight: _TypeAlias = _typing.Literal["dense_weight"]  # noqa: Y015
     _WhichOneofArgType__dense_weight: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight"]  # noqa: Y015
     _WhichOneofReturnType__lexical_weight: _TypeAlias = _typing.Literal["lexical_weight"]  # noqa: Y015
     _WhichOneofArgType__lexical_weight: _TypeAlias = _typing.Literal["_lexical_weight", b"_lexical_weight"]  # noqa: Y015
+    _WhichOneofReturnType__max_chunks_per_document: _TypeAlias = _typing.Literal["max_chunks_per_document"]  # noqa: Y015
+    _WhichOneofArgType__max_chunks_per_document: _TypeAlias = _typing.Literal["_max_chunks_per_document", b"_max_chunks_per_document"]  # noqa: Y015
     _WhichOneofReturnType__max_context_tokens: _TypeAlias = _typing.Literal["max_context_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__mmr_lambda: _TypeAlias = _typing.Literal["mmr_lambda"]  # noqa: Y015
+    _WhichOneofArgType__mmr_lambda: _TypeAlias = _typing.Literal["_mmr_lambda", b"_mmr_lambda"]  # noqa: Y015
     _WhichOneofReturnType__similarity_threshold: _TypeAlias = _typing.Literal["similarity_threshold"]  # noqa: Y015
     _WhichOneofArgType__similarity_threshold: _TypeAlias = _typing.Literal["_similarity_threshold", b"_similarity_threshold"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
@@ -151,7 +169,11 @@ class RetrievalConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lexical_weight) -> _WhichOneofReturnType__lexical_weight | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_chunks_per_document) -> _WhichOneofReturnType__max_chunks_per_document | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mmr_lambda) -> _WhichOneofReturnType__mmr_lambda | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity_threshold) -> _WhichOneofReturnType__similarity_threshold | None: ...
     @_typing.overload

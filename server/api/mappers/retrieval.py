@@ -34,6 +34,8 @@ def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalCon
         filter=filter_to_proto(settings.filter) if settings.filter else None,
         max_context_tokens=settings.max_context_tokens or None,
         rerank=_rerank_to_proto(settings),
+        max_chunks_per_document=settings.max_chunks_per_document,
+        mmr_lambda=settings.mmr_lambda,
     )
 
 
@@ -59,6 +61,8 @@ def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violatio
         lexical_weight=message.lexical_weight if message.HasField("lexical_weight") else None,
         filter=filter_from_proto(message.filter, found, f"{field}.filter") if message.HasField("filter") else None,
         rerank=_rerank_from_proto(message.rerank, found, f"{field}.rerank") if message.HasField("rerank") else None,
+        max_chunks_per_document=message.max_chunks_per_document if message.HasField("max_chunks_per_document") else None,
+        mmr_lambda=message.mmr_lambda if message.HasField("mmr_lambda") else None,
     )
 
 
