@@ -6,7 +6,6 @@ from numpy.typing import NDArray
 
 from server.services.diversity import choose_diverse
 
-
 Numbers = NDArray[numpy.float64]
 
 
