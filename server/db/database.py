@@ -23,7 +23,7 @@ CONNECT_TIMEOUT_SECONDS = 10
 STATEMENT_TIMEOUT_SECONDS = 60
 LOCK_TIMEOUT_SECONDS = 20
 IDLE_TRANSACTION_TIMEOUT_SECONDS = 300
-_OPTIONS = (
+CONNECTION_OPTIONS = (
     f"-c timezone=UTC -c statement_timeout={STATEMENT_TIMEOUT_SECONDS}s -c lock_timeout={LOCK_TIMEOUT_SECONDS}s"
     f" -c idle_in_transaction_session_timeout={IDLE_TRANSACTION_TIMEOUT_SECONDS}s"
     # No statement of ours runs so long that compiling it would pay, and a search takes less time than that.
@@ -62,7 +62,7 @@ class PostgresDatabase:
             # One round trip more, and no failed requests after the database was restarted.
             pool_pre_ping=True,
             json_serializer=_write_json,
-            connect_args={"options": _OPTIONS, "application_name": application_name, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
+            connect_args={"options": CONNECTION_OPTIONS, "application_name": application_name, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
         )
 
         self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
