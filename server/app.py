@@ -95,6 +95,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     from server.services.preloading import Preloader
     from server.services.previews import Previews
     from server.services.rag_models import RagModels
+    from server.services.record_lengths import LengthMeasurer
     from server.services.references import References
     from server.services.retrieval import Retrieval
     from server.services.retrieval_evaluation import RetrievalEvaluator
@@ -113,7 +114,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
     documents = Documents(database, files, settings.max_document_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
-    estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes))
+    estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes), LengthMeasurer(base_models, engine))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
     retrieval = Retrieval(database, engine)
     references = References(database, base_models)

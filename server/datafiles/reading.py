@@ -8,7 +8,7 @@ import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,28 @@ def read_records(
         yield NumberedRecord(number, line or number, _parse(value, kind))
 
 
+def pick_records(path: Path, form: FileForm, kind: RecordKind, numbers: Collection[int]) -> Iterator[NumberedRecord]:
+    """Read some records by their numbers, in the file's order, and of JSON lines nothing but them. Raises FileInvalid."""
+    wanted, last = frozenset(numbers), max(numbers, default=0)
+    if form.format is DatasetFormat.JSONL:
+        yield from _pick_lines(path, form, kind, wanted, last)
+        return
+    for numbered in read_records(path, form, kind):
+        if numbered.number in wanted:
+            yield numbered
+        if numbered.number >= last:
+            return
+
+
+def _pick_lines(path: Path, form: FileForm, kind: RecordKind, wanted: Set[int], last: int) -> Iterator[NumberedRecord]:
+    with unpack(path, form.compression) as file:
+        for number, (line, data) in enumerate(_read_filled_lines(file), start=1):
+            if number > last:
+                return
+            if number in wanted:
+                yield NumberedRecord(number, line, _parse(_read_line(data), kind))
+
+
 def _parse(value: Value, kind: RecordKind) -> Record | RecordInvalid:
     if isinstance(value, RecordInvalid):
         return value
@@ -99,9 +121,16 @@ def _read_text(path: Path, form: FileForm, max_unpacked_bytes: int | None) -> It
 
 
 def _read_jsonl(file: io.BufferedIOBase) -> Iterator[tuple[int, Value]]:
-    for line, data in _read_lines(file):
-        if data.strip():
-            yield line, _attempt(lambda data=data: parse_json(data))  # type: ignore[misc]  # a default binds the loop's value
+    for line, data in _read_filled_lines(file):
+        yield line, _read_line(data)
+
+
+def _read_filled_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+    return ((line, data) for line, data in _read_lines(file) if data.strip())
+
+
+def _read_line(data: bytes) -> Value:
+    return _attempt(lambda: parse_json(data))
 
 
 def _attempt(read: Callable[[], object]) -> Value:
@@ -139,7 +168,7 @@ def _read_csv(file: io.BufferedIOBase) -> Iterator[tuple[int, Value]]:
             yield line, make_too_long()
             continue
         if any(cells):
-            yield line, _attempt(lambda cells=cells: _read_row(columns, cells))  # type: ignore[misc]  # as above
+            yield line, _attempt(lambda cells=cells: _read_row(columns, cells))  # type: ignore[misc]  # a default binds the loop's value
 
 
 def _split_header(line: str) -> list[str]:

@@ -26,6 +26,17 @@ class PreviewOrder:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasureOrder:
+    """Whose tokens to count: some records (numbers from 1, rising) of a file or, without one, JSON `lines` that are not stored yet."""
+
+    base_model: str
+    dataset: DatasetFile | None
+    records: Sequence[int]
+    lines: Sequence[str]
+    needs_pairs: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PreviewedToken:
     """A token. `weight` 0: it is not trained."""
 

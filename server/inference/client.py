@@ -21,7 +21,7 @@ from server.domain.generation import (
     RenderedPrompt,
     TokenEvent,
 )
-from server.domain.previews import Preview, PreviewOrder
+from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.inference import wire
 from server.services.codec import Codec
 
@@ -109,6 +109,10 @@ class EngineClient:
     async def unload(self, model: ModelReference) -> None:
         """Drop a version's adapter, or weights that only it needs, and its pin."""
         await self._call("Unload", wire.UNLOAD, wire.Unload(model), wire.Done)
+
+    async def measure(self, order: MeasureOrder) -> Sequence[Sequence[int]]:
+        """Count the tokens of records by a base model's tokenizer, without its weights."""
+        return (await self._call("Measure", wire.MEASURE, order, wire.Measured)).counts
 
     async def forget(self, model_id: str) -> None:
         """Drop what is loaded for a deleted model."""

@@ -13,7 +13,7 @@ from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
-from server.domain.previews import Preview, PreviewOrder
+from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
 from server.inference.plans import VersionFiles
@@ -36,6 +36,9 @@ class Previewer(Protocol):
 
     def preview(self, order: PreviewOrder) -> Preview:
         """Give the records of the order."""
+
+    def measure(self, order: MeasureOrder) -> Sequence[Sequence[int]]:
+        """Count the tokens of the order's records."""
 
 
 class EmbeddedEngine:
@@ -149,6 +152,12 @@ class EmbeddedEngine:
         if self._previewer is None:
             raise FailedPrecondition("This engine previews nothing.", reason="PREVIEWER_MISSING")
         return await asyncio.get_running_loop().run_in_executor(self._previewing, self._previewer.preview, order)
+
+    async def measure(self, order: MeasureOrder) -> Sequence[Sequence[int]]:
+        """Count the tokens of records, one list per record with a count per sequence, through the injected previewer."""
+        if self._previewer is None:
+            raise FailedPrecondition("This engine measures nothing.", reason="PREVIEWER_MISSING")
+        return await asyncio.get_running_loop().run_in_executor(self._previewing, self._previewer.measure, order)
 
     async def forget(self, model_id: str) -> None:
         """Drop a deleted model's adapters and weights, and a base model of that name that nobody uses. Running requests end undisturbed."""

@@ -12,7 +12,7 @@ from grpc import aio
 
 from server.domain.errors import ServiceError, Unavailable
 from server.domain.generation import GenerationRequest
-from server.domain.previews import PreviewOrder
+from server.domain.previews import MeasureOrder, PreviewOrder
 from server.inference import wire
 from server.inference.engine import EmbeddedEngine
 from server.services.codec import Codec
@@ -74,6 +74,9 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         await engine.unload(request.model)
         return wire.Done()
 
+    async def measure(request: MeasureOrder) -> wire.UnaryReply:
+        return wire.Measured(tuple(map(tuple, await engine.measure(request))))
+
     async def forget(request: wire.Forget) -> wire.UnaryReply:
         await engine.forget(request.model_id)
         return wire.Done()
@@ -92,6 +95,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
             "Embed": _handle_unary(wire.EMBED, embed),
             "Rerank": _handle_unary(wire.RERANK, rerank),
             "Preview": _handle_unary(wire.PREVIEW, preview),
+            "Measure": _handle_unary(wire.MEASURE, measure),
             "Load": _handle_unary(wire.LOAD, load),
             "Unload": _handle_unary(wire.UNLOAD, unload),
             "Forget": _handle_unary(wire.FORGET, forget),

@@ -11,7 +11,7 @@ from server.domain.embeddings import Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
 from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference, QuotedText, RenderedPrompt
-from server.domain.previews import Preview, PreviewOrder
+from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.services.codec import Codec
 
 SERVICE_NAME = "modeltraining.engine.Engine"
@@ -93,6 +93,14 @@ class Unload:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """Token counts of records, one list per record with a count per sequence."""
+
+    counts: Sequence[Sequence[int]]
+    kind: Literal["measured"] = "measured"
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Says that a model was deleted."""
 
@@ -169,7 +177,22 @@ class Done:
 
 
 GenerateReply = Delta | GenerationFinished | Failure
-UnaryReply = RenderedPrompt | Previewed | TokenCounts | QuotedTexts | ContextTokens | Vectors | RerankScores | Done | EngineStatus | Failure
+UnaryReply = (
+    
+    | (
+)  # fmt: skip
+    RenderedPrompt
+    | Previewed
+    | Measured
+    | TokenCounts
+    | QuotedTexts
+    | ContextTokens
+    | Vectors
+    | RerankScores
+    | Done
+    | EngineStatus
+    | Failure
+)
 
 GENERATE = Codec[GenerationRequest](GenerationRequest)
 COUNT_TOKENS = Codec[CountTokens](CountTokens)
@@ -181,6 +204,7 @@ UNLOAD = Codec[Unload](Unload)
 RERANK = Codec[Rerank](Rerank)
 FORGET = Codec[Forget](Forget)
 PREVIEW = Codec[PreviewOrder](PreviewOrder)
+MEASURE = Codec[MeasureOrder](MeasureOrder)
 DESCRIBE = Codec[Describe](Describe)
 GENERATE_REPLY = Codec[GenerateReply](GenerateReply)
 UNARY_REPLY = Codec[UnaryReply](UnaryReply)

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Protocol
 
 from server.domain.catalogue import find_base_model
+from server.domain.datasets import Dataset
 from server.domain.errors import FailedPrecondition
 from server.domain.estimates import Estimate, Range, Verdict
 from server.domain.findings import Finding, Severity
@@ -17,11 +17,10 @@ from server.domain.techniques import FullTechnique, LoraTechnique, QloraTechniqu
 from server.services.machine import Machine
 from server.services.memory_model import DEFAULT_MICRO_BATCH_TOKENS, estimate_disk, estimate_flops_per_token, estimate_memory
 from server.services.ports import BaseModels, TrainingSpeed
+from server.services.record_lengths import InlineRecords, LengthMeasurer, RecordLengths
 
 # How far the memory model was off, over techniques and families.
 MEMORY_SPREAD = (0.85, 1.2)
-# UTF-8 bytes per token of a record with its JSON: Arabic in an English tokenizer, English, and code-like repetition.
-BYTES_PER_TOKEN = (1.5, 4.0, 6.0)
 # Where nothing was trained here yet: bf16 products of one core, floating point operations per second, and of an accelerator.
 CORE_FLOPS = (3e10, 1.5e11, 4e11)
 DEVICE_FLOPS = (1e14, 3e14, 6e14)
@@ -34,14 +33,6 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class RecordLengths:
-    """Tokens of a dataset's records: of all together, and of the longest one. Measured on a sample, or guessed from bytes."""
-
-    total: Range
-    longest: int
-
-
-@dataclass(frozen=True, slots=True)
 class SeenSpeed:
     """How fast something was trained here: tokens per second, and floating point operations per second where its shape is known."""
 
@@ -51,45 +42,21 @@ class SeenSpeed:
     flops_per_second: float | None
 
 
-class DatasetSize(Protocol):
-    """What the estimate must know of a dataset."""
-
-    @property
-    def record_count(self) -> int:
-        """Records that can be trained on."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class InlineRecords:
-    """Records that came inside a request, as a dataset."""
-
-    record_count: int
-    size_bytes: int
-
-
-def describe_inline(lines: Sequence[bytes]) -> InlineRecords:
-    """Count inline records as the dataset that they will be."""
-    return InlineRecords(len(lines), sum(map(len, lines)))
-
-
 class Estimator:
     """Estimates fine-tunings on one machine."""
 
-    def __init__(self, base_models: BaseModels, machine: Machine) -> None:
+    def __init__(self, base_models: BaseModels, machine: Machine, measurer: LengthMeasurer) -> None:
         self._base_models = base_models
         self._machine = machine
+        self._measurer = measurer
 
-    async def estimate(self, spec: FineTuneSpec, dataset: DatasetSize, speeds: Sequence[TrainingSpeed]) -> Estimate | None:
+    async def estimate(self, spec: FineTuneSpec, source: Dataset | InlineRecords, speeds: Sequence[TrainingSpeed]) -> Estimate | None:
         """Estimate a fine-tuning on a dataset; None where nothing is known of the base model's shape yet."""
         shape = await asyncio.to_thread(self._base_models.read_shape, spec.base_model)
         if shape is None:
             return None
-        lengths = guess_lengths(dataset, spec.parameters.max_sequence_tokens)
-        records = max(1, dataset.record_count - math.floor(dataset.record_count * spec.eval_fraction))
+        records = max(1, source.record_count - math.floor(source.record_count * spec.eval_fraction))
+        lengths = (await self._measurer.measure(spec, source)).scale(records / max(1, source.record_count))
         seen = [self._judge_speed(speed) for speed in speeds]
         return estimate_fine_tune(spec, shape, records, lengths, self._machine, seen)
 
@@ -97,27 +64,6 @@ class Estimator:
         known = find_base_model(speed.spec.base_model)
         flops = estimate_flops_per_token(known.shape, speed.spec.technique) * speed.tokens_per_second if known else None
         return SeenSpeed(speed.spec.base_model, speed.spec.technique.kind, speed.tokens_per_second, flops)
-
-
-def guess_lengths(dataset: DatasetSize, max_tokens: int) -> RecordLengths:
-    """Guess lengths from the size of the file."""
-    records = max(1, dataset.record_count)
-    low, expected, high = (dataset.size_bytes / per_token for per_token in reversed(BYTES_PER_TOKEN))
-    mean = expected / records
-    # Lengths are skewed: the longest of many records is some four times their mean.
-    longest = min(max_tokens, math.ceil(mean * (1 if records == 1 else 4)))
-    cap = float(max_tokens * records)
-    return RecordLengths(Range(min(low, cap), min(expected, cap), min(high, cap)), max(1, longest))
-
-
-def lengths_of_sample(sample: Sequence[int], record_count: int, max_tokens: int) -> RecordLengths:
-    """Conclude from the token counts of some records to all of them."""
-    counts = [min(count, max_tokens) for count in sample]
-    mean = sum(counts) / len(counts)
-    deviation = math.sqrt(sum((count - mean) ** 2 for count in counts) / max(1, len(counts) - 1))
-    margin = 2 * deviation / math.sqrt(len(counts)) + 0.02 * mean
-    total = Range(max(1.0, mean - margin) * record_count, mean * record_count, (mean + margin) * record_count)
-    return RecordLengths(total, min(max_tokens, math.ceil(max(counts) * (1.0 if len(counts) >= record_count else 1.1))))
 
 
 def estimate_fine_tune(

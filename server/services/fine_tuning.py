@@ -18,9 +18,10 @@ from server.domain.records import RecordInvalid
 from server.domain.specs import FineTuneSpec
 from server.domain.techniques import LoraTechnique
 from server.services.datasets import Datasets
-from server.services.estimating import Estimator, describe_inline, refuse_if_too_big
+from server.services.estimating import Estimator, refuse_if_too_big
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import BaseModels, Database, Transaction
+from server.services.record_lengths import InlineRecords
 from server.services.requests import Created, CreateFineTunedModel
 from server.services.technique_checks import check_technique
 from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
@@ -116,7 +117,7 @@ class FineTuning:
             speeds = await transaction.jobs.list_speeds(SPEEDS_READ)
         found.raise_if_any()
         spec = replace(self._resolve(request, base_model, dataset, evaluation), warm_start_from=start)
-        source = dataset or describe_inline(request.inline_records)
+        source = dataset or InlineRecords(request.inline_records)
         return _Plan(target, spec, await self._estimator.estimate(spec, source, speeds))
 
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:

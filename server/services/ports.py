@@ -17,7 +17,7 @@ from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion, RagConfiguration
-from server.domain.previews import Preview, PreviewOrder
+from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.domain.retrieval import MetadataValue, RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
 from server.domain.shapes import ModelShape
@@ -378,6 +378,13 @@ class Engine(Protocol):
 
     async def describe(self) -> EngineStatus:
         """Tell what is loaded and how busy it is. Its answer is the engine's health: Unavailable while it is down."""
+
+
+class RecordMeter(Protocol):
+    """Counts tokens of records by a base model's own tokenizer (EngineClient)."""
+
+    async def measure(self, order: MeasureOrder) -> Sequence[Sequence[int]]:
+        """Give a list per record with a count per sequence; unusable records are left out. Raises ServiceError."""
 
 
 class BaseModels(Protocol):

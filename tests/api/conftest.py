@@ -29,6 +29,7 @@ from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.previews import Previews
 from server.services.rag_models import RagModels
+from server.services.record_lengths import LengthMeasurer
 from server.services.references import References
 from server.services.retrieval import Retrieval
 from server.services.retrieval_evaluation import RetrievalEvaluator
@@ -40,6 +41,7 @@ from server.storage.downloads import ArtefactDownloads
 from server.storage.files import LocalFiles
 from tests.contract.test_contract import DESCRIPTOR_SET
 from tests.contract.test_gateway import ENVOY, TEMPLATE
+from tests.services.conftest import NoEngine
 
 MAX_DATASET_BYTES = 3_000_000
 MAX_DOCUMENT_BYTES = 3_000_000
@@ -64,7 +66,9 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
         database, files, InspectionProcesses(), ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))]), MAX_DATASET_BYTES
     )
     machine = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
-    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine))
+    tuning = FineTuning(
+        database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine, LengthMeasurer(source, NoEngine()))
+    )
     retrieval = Retrieval(database, engine)
     references = References(database, source)
     services = Services(

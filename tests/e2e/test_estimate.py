@@ -1,5 +1,7 @@
 """The estimate and the admission as a user meets them: by REST through Envoy and by gRPC, the same numbers."""
 
+import json
+import time
 from typing import Any
 
 import httpx
@@ -30,6 +32,17 @@ def test_a_small_job_fits_and_every_figure_is_given(stack: Stack) -> None:
     assert found["steps"]["expected"] == 10
     for figure in ("memory_bytes", "disk_bytes", "tokens", "duration_seconds"):
         assert 0 < found[figure]["low"] <= found[figure]["expected"] <= found[figure]["high"]
+
+
+def test_records_are_counted_by_the_models_own_tokenizer_once_its_files_are_here(stack: Stack) -> None:
+    deadline = time.monotonic() + 120  # the packaged model is converted at its first use
+    while (tokens := estimate(stack, parameters={"epochs": 2})["tokens"])["low"] != tokens["high"]:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    lines = "\n".join(map(json.dumps, RECORDS))
+    dataset = httpx.post(f"{stack.api}/datasets?display_name=few", content=lines, timeout=60).json()
+    shown = httpx.get(f"{stack.api}/datasets/{dataset['dataset_id']}/preview?base_model=smollm2&page_size=1", timeout=60).json()
+    assert tokens["expected"] == 2 * len(RECORDS) * shown["records"][0]["sequences"][0]["token_count"]
 
 
 @pytest.mark.parametrize(("base_model", "technique"), [("llama-3.1-70b", "qlora"), ("falcon-40b", "lora"), ("mistral-7b", "full")])

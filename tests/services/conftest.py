@@ -1,6 +1,6 @@
 """The use cases over a real PostgreSQL, real files and the packaged base models; no engine is running."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from server.datafiles.importing import ImportRoot, ImportRoots
 from server.datafiles.inspector import InspectionProcesses
 from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
+from server.domain.errors import Unavailable
+from server.domain.previews import MeasureOrder
 from server.domain.specs import ParametersRequest
 from server.inference.client import EngineClient
 from server.services.datasets import Datasets
@@ -21,6 +23,7 @@ from server.services.job_control import JobControl
 from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_models import RagModels
+from server.services.record_lengths import LengthMeasurer
 from server.services.requests import CreateFineTunedModel
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
@@ -49,6 +52,14 @@ def fine_tune(dataset_id: object = "", **changes: object) -> CreateFineTunedMode
     return CreateFineTunedModel(**{**values, "dataset_id": dataset_id, **changes})  # type: ignore[arg-type]  # plain test data
 
 
+class NoEngine:
+    """What an engine that is down says, at once."""
+
+    async def measure(self, order: MeasureOrder) -> Sequence[Sequence[int]]:
+        """Measure nothing."""
+        raise Unavailable("The engine cannot be reached.")
+
+
 @dataclass(frozen=True)
 class UseCases:
     """The services, as app.py composes them."""
@@ -68,7 +79,8 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     imports = ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))])
     datasets = Datasets(database, files, InspectionProcesses(), imports, 10_000)
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
-    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, MACHINE))
+    estimator = Estimator(source, MACHINE, LengthMeasurer(source, NoEngine()))
+    tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), estimator)
     models = ModelService(
         database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, MAX_DOCUMENT_BYTES)
     )

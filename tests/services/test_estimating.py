@@ -1,6 +1,5 @@
 """The estimate before a start: grows with what costs, knows what would make a job fit, and refuses only what cannot."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -11,17 +10,10 @@ from server.domain.errors import FailedPrecondition
 from server.domain.estimates import Estimate, Range, Verdict
 from server.domain.specs import EarlyStopping, FineTuneSpec, ParametersRequest, TrainingParameters
 from server.domain.techniques import FullTechnique, LoraTechnique, PrefixTuning, QloraTechnique, Technique
-from server.services.estimating import (
-    InlineRecords,
-    RecordLengths,
-    SeenSpeed,
-    estimate_fine_tune,
-    guess_lengths,
-    lengths_of_sample,
-    refuse_if_too_big,
-)
+from server.services.estimating import SeenSpeed, estimate_fine_tune, refuse_if_too_big
 from server.services.machine import Machine
 from server.services.memory_model import count_trained, estimate_memory
+from server.services.record_lengths import RecordLengths
 from server.services.training_parameters import FineTuneDefaults, resolve_parameters
 
 GIB = 1 << 30
@@ -125,12 +117,3 @@ def test_early_stopping_may_end_it_sooner() -> None:
     spec = FineTuneSpec("b", "ds_1", "", LoraTechnique(), replace(parameters(LoraTechnique()), early_stopping=EarlyStopping()))
     found = estimate_fine_tune(spec, find("smollm2").shape, 1_000, LENGTHS, LAPTOP, ())
     assert found.steps == Range(1, 188, 188)
-
-
-def test_a_sample_tells_more_than_the_size_of_the_file() -> None:
-    guessed = guess_lengths(InlineRecords(record_count=1_000, size_bytes=800_000), max_tokens=2_048)
-    assert guessed.total.low < 200_000 == guessed.total.expected < guessed.total.high
-    sampled = lengths_of_sample([150, 200, 250] * 20, 1_000, max_tokens=2_048)
-    assert sampled.total.expected == pytest.approx(200_000)
-    assert sampled.total.high - sampled.total.low < guessed.total.high - guessed.total.low
-    assert 250 <= sampled.longest <= math.ceil(250 * 1.1)
