@@ -110,7 +110,8 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     engine = EngineClient(settings.engine_socket)
     files = _open_files(settings)
     base_models = _make_source(settings)
-    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": {"token": settings.hub_token}})
+    hub = {"token": settings.hub_token, "endpoint": settings.hub_endpoint}
+    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": hub})
     datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
     documents = Documents(database, files, settings.max_document_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)

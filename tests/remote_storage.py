@@ -1,4 +1,4 @@
-"""An S3 server on this machine (moto's), for tests of whatever lies in remote storage."""
+"""Object stores on this machine, S3 (moto's) and Google Cloud Storage (an emulator), for tests of whatever lies in remote storage."""
 
 import itertools
 import logging
@@ -32,6 +32,23 @@ def run_s3() -> Iterator[pytest.MonkeyPatch]:
             }.items():
                 patch.setenv(name, value)
             yield patch
+    finally:
+        server.stop()
+
+
+@contextmanager
+def run_gs() -> Iterator[str]:
+    """Run a server of Google's JSON API and let the environment lead to it; gives the URL of a place in an empty bucket."""
+    from gcp_storage_emulator.server import create_server
+
+    name = f"models-{next(_numbers)}"
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=name)
+    server.start()
+    host, port = server._api._httpd.server_address
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+            yield f"gs://{name}/some/place"
     finally:
         server.stop()
 

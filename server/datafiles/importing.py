@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ServiceError, Unavailable
 from server.services.ports import SourceFile
+from server.storage.objects import open_filesystem
 
 READ_BYTES = 4 << 20
 SCHEMES = ("file", "s3", "gs", "hf")
@@ -105,9 +106,7 @@ class ImportRoots:
         return os.fdopen(descriptor, "rb"), found.st_size
 
     def _open_remote(self, scheme: str, parts: Sequence[str]) -> tuple[BinaryIO, int | None]:
-        import fsspec  # with the providers' clients it takes a second
-
-        files = fsspec.filesystem(scheme, **self._options.get(scheme, {}))
+        files = open_filesystem(scheme, **self._options.get(scheme, {}))
         path = "/".join(parts)
         info = files.info(path)
         if info.get("type") != "file":
@@ -127,12 +126,24 @@ async def _call(uri: str, work: "Callable[[], Any]") -> Any:
         return await asyncio.to_thread(work)
     except ServiceError:
         raise
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise NotFound.of("file", uri) from None
     except Exception as error:  # every provider has its own
-        names = {kind.__name__ for kind in type(error).__mro__}
+        names = _name_causes(error)
+        is_missing = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        # The hub's client calls a gated repository a missing file, and names the true reason as the cause.
+        if is_missing and not any(name.startswith("GatedRepo") for name in names):
+            raise NotFound.of("file", uri) from None
         logger.warning("an import failed", exc_info=error)
         if isinstance(error, PermissionError) or any(part in name for part in _CREDENTIAL_ERRORS for name in names):
             message = "The server may not read this file: its credentials are missing or not enough."
             raise FailedPrecondition(message, reason="IMPORT_FORBIDDEN") from error
         raise Unavailable("The place that the file lies in cannot be read now.", reason="IMPORT_SOURCE_UNAVAILABLE") from error
+
+
+def _name_causes(error: BaseException) -> set[str]:
+    """Give the names of an error's classes, and of those of what caused it."""
+    names: set[str] = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        names |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    return names

@@ -4,6 +4,7 @@ Credentials come from where each provider's own tools take them (environment, fi
 """
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ class StorageUnavailable(Unavailable):
     default_reason = "STORAGE_UNAVAILABLE"
 
 
+def open_filesystem(scheme: str, **options: Any) -> Any:
+    """Give a provider's files through fsspec, afresh: what a listing showed a moment ago means nothing where others write too."""
+    # gcsfs would ask the bucket's kind over gRPC before each call, with the application's default credentials or none.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # A late import: the providers' clients take a second, and most installations keep their files on a disk.
+    import fsspec
+
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredObject:
     """An object as a listing shows it. `modified` in seconds since 1970."""
@@ -53,12 +64,8 @@ class RemoteObjects:
 
     @cached_property
     def _files(self) -> Any:
-        # A late import: the providers' clients take a second, and most installations keep their models on a disk.
-        import fsspec
-
         scheme = self.url.partition("://")[0]
-        # Another process writes too: what a listing showed a moment ago means nothing.
-        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **_OPTIONS[scheme])
+        return open_filesystem(scheme, **_OPTIONS[scheme])
 
     def check(self) -> None:
         """Write and remove a small object: a start with a wrong bucket or wrong credentials ends here. Raises StorageUnavailable."""

@@ -1,7 +1,11 @@
 """Imports: only files below the roots are opened, whatever a URI, a link or a swap says."""
 
+import json
 import os
+import re
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -9,7 +13,8 @@ import pytest
 
 from server.datafiles.importing import ImportRoot, ImportRoots
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
-from tests.remote_storage import make_bucket, run_s3
+from server.storage.objects import open_filesystem
+from tests.remote_storage import make_bucket, run_gs, run_s3
 
 
 async def fetch(roots: ImportRoots, uri: str) -> tuple[bytes, int | None]:
@@ -90,9 +95,7 @@ async def test_an_object_below_a_root_is_read_and_others_are_not(bucket: str) ->
 
 
 async def test_missing_rights_and_an_unreachable_store_are_told_apart(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    roots = ImportRoots(
-        [ImportRoot.parse(bucket)], {"s3": {"skip_instance_cache": True, "config_kwargs": {"retries": {"max_attempts": 1}}}}
-    )
+    roots = ImportRoots([ImportRoot.parse(bucket)], {"s3": {"config_kwargs": {"retries": {"max_attempts": 1}}}})
     with monkeypatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         with pytest.raises(Unavailable):
@@ -103,6 +106,79 @@ async def test_missing_rights_and_an_unreachable_store_are_told_apart(bucket: st
         with pytest.raises(FailedPrecondition) as refusal:
             await fetch(roots, f"{bucket}/data/x.jsonl")
         assert refusal.value.reason == "IMPORT_FORBIDDEN"
+
+
+async def test_an_object_of_google_cloud_storage_is_read() -> None:
+    with run_gs() as place:
+        open_filesystem("gs").pipe_file(f"{place}/data/x.jsonl", b"remote" * 2_000_000)
+        roots = ImportRoots([ImportRoot.parse(place)])
+        assert await fetch(roots, f"{place}/data/x.jsonl") == (b"remote" * 2_000_000, 12_000_000)
+        for uri, error in ((f"{place}/data/missing", NotFound), (f"{place}/data", InvalidInput), (f"{place}-other/x", InvalidInput)):
+            with pytest.raises(error):
+                await fetch(roots, uri)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one public and one gated dataset, each of one file, as the real one answers to readers."""
+
+    data = b""
+
+    def do_GET(self) -> None:
+        known = "/somebody/data" in self.path
+        if known and "/resolve/main/data/x.jsonl" in self.path:
+            found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            first, last = (int(found[1]), int(found[2])) if found else (0, len(self.data) - 1)
+            self.answer(206 if found else 200, self.data[first : last + 1])
+        elif known and "/tree/main/data?" in self.path:
+            self.answer(200, json.dumps([{"type": "file", "path": "data/x.jsonl", "size": len(self.data), "oid": "1" * 40}]).encode())
+        elif known and "/tree/" in self.path:
+            self.answer(200, json.dumps([{"type": "directory", "path": "data", "size": 0, "oid": "2" * 40}]).encode())
+        elif known:
+            self.answer(200, json.dumps({"id": "somebody/data", "sha": "1" * 40, "siblings": []}).encode())
+        else:
+            self.answer(403 if "/gated" in self.path else 404, b"{}", "GatedRepo" if "/gated" in self.path else "RepoNotFound")
+
+    do_HEAD = do_GET  # noqa: N815 -- the base class looks for this name
+
+    def answer(self, code: int, body: bytes, error: str = "") -> None:
+        self.send_response(code)
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "ETag": '"1"', "X-Repo-Commit": "1" * 40}
+        for name, value in {**headers, **({"X-Error-Code": error} if error else {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+async def test_a_dataset_of_the_hub_is_read_as_it_is_now(hub: str) -> None:
+    owners = ("somebody/data", "somebody/gated", "nobody/none")
+    roots = ImportRoots([ImportRoot.parse(f"hf://datasets/{name}") for name in owners], {"hf": {"token": None, "endpoint": hub}})
+    for data in (b"first" * 3_000_000, b"second"):
+        Hub.data = data
+        assert await fetch(roots, "hf://datasets/somebody/data/data/x.jsonl") == (data, len(data))
+    with pytest.raises(InvalidInput):
+        await fetch(roots, "hf://datasets/somebody/data/data")
+    with pytest.raises(InvalidInput):
+        await fetch(roots, "hf://datasets/somebody/other/x.jsonl")
+    with pytest.raises(NotFound):
+        await fetch(roots, "hf://datasets/somebody/data/data/missing.jsonl")
+    with pytest.raises(NotFound):
+        await fetch(roots, "hf://datasets/nobody/none/x.jsonl")
+    with pytest.raises(FailedPrecondition) as refusal:
+        await fetch(roots, "hf://datasets/somebody/gated/x.jsonl")
+    assert refusal.value.reason == "IMPORT_FORBIDDEN"
 
 
 @pytest.mark.parametrize("text", ["s3://", "http://x/y", "relative", "s3:///x", "/a/../b", "memory://x/y"])

@@ -15,6 +15,19 @@ from tests.e2e.stack import Stack
 RECORDS = [{"prompt": "1 + 1 =", "completion": " 2"}] * 50
 
 
+@pytest.fixture(scope="module", autouse=True)
+def measured(stack: Stack) -> float:
+    """Wait until records are measured by the model's own tokenizer: the packaged model is converted at its first use."""
+    deadline = time.monotonic() + 120
+    while True:
+        body = {"base_model": "smollm2", "inline_records": RECORDS, "parameters": {"epochs": 1}}
+        tokens = httpx.post(f"{stack.api}/models/fine-tune/estimate", json=body, timeout=60).json()["tokens"]
+        if tokens["low"] == tokens["high"]:
+            return float(tokens["expected"])
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
 def estimate(stack: Stack, **changes: Any) -> Any:
     body = {"base_model": "smollm2", "inline_records": RECORDS, **changes}
     by_rest = httpx.post(f"{stack.api}/models/fine-tune/estimate", json=body, timeout=60)
@@ -34,15 +47,11 @@ def test_a_small_job_fits_and_every_figure_is_given(stack: Stack) -> None:
         assert 0 < found[figure]["low"] <= found[figure]["expected"] <= found[figure]["high"]
 
 
-def test_records_are_counted_by_the_models_own_tokenizer_once_its_files_are_here(stack: Stack) -> None:
-    deadline = time.monotonic() + 120  # the packaged model is converted at its first use
-    while (tokens := estimate(stack, parameters={"epochs": 2})["tokens"])["low"] != tokens["high"]:
-        assert time.monotonic() < deadline
-        time.sleep(1)
+def test_tokens_are_those_that_a_preview_shows(stack: Stack, measured: float) -> None:
     lines = "\n".join(map(json.dumps, RECORDS))
     dataset = httpx.post(f"{stack.api}/datasets?display_name=few", content=lines, timeout=60).json()
     shown = httpx.get(f"{stack.api}/datasets/{dataset['dataset_id']}/preview?base_model=smollm2&page_size=1", timeout=60).json()
-    assert tokens["expected"] == 2 * len(RECORDS) * shown["records"][0]["sequences"][0]["token_count"]
+    assert measured == len(RECORDS) * shown["records"][0]["sequences"][0]["token_count"]
 
 
 @pytest.mark.parametrize(("base_model", "technique"), [("llama-3.1-70b", "qlora"), ("falcon-40b", "lora"), ("mistral-7b", "full")])
