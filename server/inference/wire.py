@@ -178,9 +178,6 @@ class Done:
 
 GenerateReply = Delta | GenerationFinished | Failure
 UnaryReply = (
-    
-    | (
-)  # fmt: skip
     RenderedPrompt
     | Previewed
     | Measured

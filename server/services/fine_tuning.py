@@ -123,7 +123,8 @@ class FineTuning:
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:
         fraction = request.eval_fraction or 0.0
         technique = request.technique or LoraTechnique()
-        pairs = dataset is not None and dataset.record_kind is RecordKind.PREFERENCE
+        kind = dataset.record_kind if dataset else parse_record(request.inline_records[0]).kind
+        pairs = kind is RecordKind.PREFERENCE
         records = dataset.record_count if dataset else len(request.inline_records)
         trained = max(1, records - math.floor(records * fraction))
         held_out = evaluation is not None or fraction > 0

@@ -266,6 +266,8 @@ def test_inline_records_are_the_lines_of_a_dataset() -> None:
     lines = models.create_fine_tuned_from_proto(request, Violations()).inline_records
     assert [parse_record(line).is_plain for line in lines] == [True, False]
     assert json.loads(models.record_to_line(message_pb2.TrainingRecord(prompt=""))) == {"prompt": ""}
+    others = [message_pb2.TrainingRecord(text="a b"), message_pb2.TrainingRecord(prompt="a", chosen="b", rejected="c")]
+    assert [parse_record(models.record_to_line(record)).kind for record in others] == [RecordKind.TEXT, RecordKind.PREFERENCE]
 
 
 def test_metadata_goes_out_and_comes_back() -> None:

@@ -10,7 +10,7 @@ from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput
 from server.domain.jobs import JobState
 from server.domain.models import ModelState
 from server.domain.retrieval import Rerank, RetrievalOverrides
-from server.domain.specs import FineTuneSpec, IndexSpec, ParametersRequest
+from server.domain.specs import FineTuneSpec, IndexSpec, Objective, ParametersRequest
 from server.domain.techniques import LoraTechnique
 from server.services.ports import JobFilter, ModelFilter
 from server.services.requests import AddDocuments, CreateRagModel, ListJobs, ListModels, PageRequest, UpdateModel
@@ -245,3 +245,11 @@ async def test_the_catalogue_comes_in_pages_and_says_what_is_here(use_cases: Use
     assert len(set(names)) == len(names)
     assert dict(zip(names, [here for _, here in listed], strict=True))[BASE_MODEL]
     assert sum(here for _, here in listed) == 1
+
+
+async def test_pairs_in_the_request_are_learnt_as_preferences(use_cases: UseCases) -> None:
+    pair = b'{"prompt": "Who?", "chosen": " the bridge", "rejected": " the river"}'
+    created = await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(inline_records=[pair], validate_only=True))
+    assert created.job is not None
+    assert isinstance(created.job.spec, FineTuneSpec)
+    assert created.job.spec.parameters.objective is Objective.DPO

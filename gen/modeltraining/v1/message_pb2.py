@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emodeltraining/v1/message.proto\x12\x10modeltraining.v1\"\xbd\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x36\n\ntool_calls\x18\x03 \x03(\x0b\x32\".modeltraining.v1.Message.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x1a\x37\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x85\x01\n\x0eTrainingRecord\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.modeltraining.v1.Message\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\ncompletion\x18\x03 \x01(\tH\x01\x88\x01\x01\x42\t\n\x07_promptB\r\n\x0b_completionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emodeltraining/v1/message.proto\x12\x10modeltraining.v1\"\xbd\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x36\n\ntool_calls\x18\x03 \x03(\x0b\x32\".modeltraining.v1.Message.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\x1a\x37\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xe5\x01\n\x0eTrainingRecord\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.modeltraining.v1.Message\x12\x13\n\x06prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\ncompletion\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x11\n\x04text\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06\x63hosen\x18\x05 \x01(\tH\x03\x88\x01\x01\x12\x15\n\x08rejected\x18\x06 \x01(\tH\x04\x88\x01\x01\x42\t\n\x07_promptB\r\n\x0b_completionB\x07\n\x05_textB\t\n\x07_chosenB\x0b\n\t_rejectedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE_TOOLCALL']._serialized_start=187
   _globals['_MESSAGE_TOOLCALL']._serialized_end=242
   _globals['_TRAININGRECORD']._serialized_start=245
-  _globals['_TRAININGRECORD']._serialized_end=378
+  _globals['_TRAININGRECORD']._serialized_end=474
 # @@protoc_insertion_point(module_scope)

@@ -91,20 +91,31 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 
 @_typing.final
 class TrainingRecord(_message.Message):
-    """One training record given inline instead of in a dataset. Exactly one shape: `messages`, or `prompt` and `completion`."""
+    """One training record given inline instead of in a dataset. Exactly one shape: `messages`; `prompt` and `completion`; `text`; or
+    `chosen` and `rejected`, with a `prompt`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
     COMPLETION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    REJECTED_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """What the model is given. Unset: `messages` is used."""
+    """What the model is given. Unset: another shape is used."""
     completion: _builtins.str
-    """What the model shall answer. Set exactly when `prompt` is set, at least 1 character."""
+    """What the model shall answer to `prompt`, at least 1 character. Unset: another shape is used."""
+    text: _builtins.str
+    """Plain text that the model shall learn to continue, at least 1 character. Unset: another shape is used."""
+    chosen: _builtins.str
+    """The better answer of a preference pair, at least 1 character. Unset: another shape is used."""
+    rejected: _builtins.str
+    """The worse answer of a preference pair, at least 1 character. Set exactly when `chosen` is set."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """A conversation in the order it was held; at least one turn is the assistant's. Empty: `prompt` and `completion` are used."""
+        """A conversation in the order it was held; at least one turn is the assistant's. Empty: another shape is used."""
 
     def __init__(
         self,
@@ -112,18 +123,33 @@ class TrainingRecord(_message.Message):
         messages: _abc.Iterable[Global___Message] | None = ...,
         prompt: _builtins.str | None = ...,
         completion: _builtins.str | None = ...,
+        text: _builtins.str | None = ...,
+        chosen: _builtins.str | None = ...,
+        rejected: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "_prompt", b"_prompt", "completion", b"completion", "prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "_completion", b"_completion", "_prompt", b"_prompt", "_rejected", b"_rejected", "_text", b"_text", "chosen", b"chosen", "completion", b"completion", "prompt", b"prompt", "rejected", b"rejected", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion", b"_completion", "_prompt", b"_prompt", "completion", b"completion", "messages", b"messages", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "_completion", b"_completion", "_prompt", b"_prompt", "_rejected", b"_rejected", "_text", b"_text", "chosen", b"chosen", "completion", b"completion", "messages", b"messages", "prompt", b"prompt", "rejected", b"rejected", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chosen: _TypeAlias = _typing.Literal["chosen"]  # noqa: Y015
+    _WhichOneofArgType__chosen: _TypeAlias = _typing.Literal["_chosen", b"_chosen"]  # noqa: Y015
     _WhichOneofReturnType__completion: _TypeAlias = _typing.Literal["completion"]  # noqa: Y015
     _WhichOneofArgType__completion: _TypeAlias = _typing.Literal["_completion", b"_completion"]  # noqa: Y015
     _WhichOneofReturnType__prompt: _TypeAlias = _typing.Literal["prompt"]  # noqa: Y015
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__rejected: _TypeAlias = _typing.Literal["rejected"]  # noqa: Y015
+    _WhichOneofArgType__rejected: _TypeAlias = _typing.Literal["_rejected", b"_rejected"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chosen) -> _WhichOneofReturnType__chosen | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion) -> _WhichOneofReturnType__completion | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rejected) -> _WhichOneofReturnType__rejected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
 
 Global___TrainingRecord: _TypeAlias = TrainingRecord  # noqa: Y015

@@ -99,10 +99,7 @@ def record_to_line(record: message_pb2.TrainingRecord) -> bytes:
     content: dict[str, object] = {}
     if record.messages:
         content["messages"] = [_message_to_json(message) for message in record.messages]
-    if record.HasField("prompt"):
-        content["prompt"] = record.prompt
-    if record.HasField("completion"):
-        content["completion"] = record.completion
+    content |= {field.name: value for field, value in record.ListFields() if field.name != "messages"}
     return json.dumps(content, ensure_ascii=False).encode()
 
 
