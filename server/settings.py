@@ -185,6 +185,12 @@ class Settings:
     kv_cache_tokens: int = _variable(
         "KV_CACHE_TOKENS", _integer(256, 1 << 30), "32768", "Tokens of context that the engine keeps over all running generations."
     )
+    engine_memory_bytes: int | None = _variable(
+        "ENGINE_MEMORY_BYTES",
+        _integer(1 << 20, 1 << 50),
+        "",
+        "Memory that the weights of the engine's models may take together; a larger model is refused. Unset: two fifths of this machine's.",
+    )
     model_idle_seconds: float = _variable(
         "MODEL_IDLE_SECONDS", _number(0.0, 1e9), "3600", "A model that the engine has loaded and that nobody asks for so long is unloaded."
     )

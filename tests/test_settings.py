@@ -32,7 +32,8 @@ def test_the_promised_variables_are_read() -> None:
 def test_models_to_load_ahead_are_named_one_after_the_other() -> None:
     settings = read(PRELOAD_MODELS="smollm2, mdl_1  mdl_2", PINNED_MODELS="mdl_3", MODEL_IDLE_SECONDS="60")
     assert (settings.preload_models, settings.pinned_models, settings.model_idle_seconds) == (("smollm2", "mdl_1", "mdl_2"), ("mdl_3",), 60)
-    assert read().preload_models is None
+    assert (read().preload_models, read().engine_memory_bytes) == (None, None)
+    assert read(ENGINE_MEMORY_BYTES=str(8 << 30)).engine_memory_bytes == 8 << 30
 
 
 def test_the_storage_may_be_a_bucket_with_copies_in_the_cache() -> None:

@@ -1,6 +1,7 @@
 """The embedded engine as its callers see it: streams, seeds, stops, cancelling, loading and unloading."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -275,6 +276,24 @@ async def test_idle_models_are_unloaded_but_for_pinned_ones(tiny: Callable[[str]
     await engine.unload(LLAMA)
     assert not (await engine.describe()).models
     await engine.stop()
+
+
+async def test_a_version_deleted_under_the_engine_ends_what_runs_and_is_refused_once_it_must_be_read_again(
+    engine: EmbeddedEngine, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    gone, other = (make_version(tmp_path, name, tiny("llama"), "lora", seed=seed) for seed, name in enumerate(("gone", "other")))
+    running = engine.generate(ask("The river", adapter="gone", max_tokens=60, logit_bias={1: -100.0}))
+    await anext(running)
+    shutil.rmtree(gone.directory)
+    assert (await collect(running)).end.usage.completion_tokens == 60
+    assert (await collect(engine.generate(ask("The river", adapter="gone")))).text, "what is in memory serves on"
+    await engine.unload(ask("", adapter="gone").model)
+    results = await asyncio.gather(
+        *(collect(engine.generate(ask("The river", adapter=name))) for name in ("gone", other.path)), return_exceptions=True
+    )
+    assert isinstance(results[0], FailedPrecondition)
+    assert results[0].reason == "ARTIFACT_INVALID"
+    assert not isinstance(results[1], BaseException)
 
 
 async def test_a_version_whose_files_fail_is_quarantined_until_it_is_looked_at_again(
