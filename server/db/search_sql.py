@@ -20,6 +20,8 @@ SCANNED_CHUNKS = 20_000
 # Up to so many chunks all are compared with a query's terms. In a larger collection the candidates are the chunks that hold its rarest
 # words: words are added, from the rarest on, until they stand in so many chunks together. On 7,000 English passages 200 lost nothing.
 COMPARED_CHUNKS = 5_000
+# Of the chunks that have only common words of the query so many of each kind: any, since all of them would take seconds.
+COMMON_CHUNKS = 1_000
 
 _MODEL = "organization = :organization AND model_id = :model_id"
 _INDEX = f"{_MODEL} AND index_number = :index_number"
@@ -174,10 +176,10 @@ def _write_lexical(shape: Shape) -> str:
         few = f" OR (SELECT chunks FROM breadth) <= {shape.compared_chunks}"
         kept = f" AND {_write_match(shape, 'chunk_terms')}"
     whole = f"({is_small}{few})"
+    limits = [shape.compared_chunks] + [min(shape.compared_chunks, COMMON_CHUNKS)] * (len(_WORD_TESTS) - 1)
     by_words = "\n        UNION ALL ".join(
-        f"(SELECT * FROM (SELECT * FROM chunk_terms WHERE {_INDEX} AND {test} LIMIT {shape.compared_chunks}) AS chunk_terms"
-        f" WHERE NOT {whole}{kept})"
-        for test in _WORD_TESTS
+        f"(SELECT * FROM (SELECT * FROM chunk_terms WHERE {_INDEX} AND {test} LIMIT {most}) AS chunk_terms WHERE NOT {whole}{kept})"
+        for test, most in zip(_WORD_TESTS, limits, strict=True)
     )
     score = "-(weights <#> (SELECT terms FROM query))"
     return f"""

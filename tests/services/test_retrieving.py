@@ -1,22 +1,25 @@
 """Searching as a use case: which legs run, what a model's settings and a request's make together, what is refused."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, event
 
 from server.db.database import PostgresDatabase
+from server.db.vector_placement import PostgresVectorTables
 from server.domain.documents import NewDocument
-from server.domain.errors import InvalidInput, Unavailable
+from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from server.domain.generation import ChatMessage, Role
-from server.domain.models import Model
+from server.domain.models import Model, ModelState
 from server.domain.retrieval import MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
+from server.services.followups import make_self_standing
 from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
 from server.services.requests import Retrieve
 from server.services.retrieval import Retrieval
-from tests.db.samples import ORGANIZATION, add_model, make_rag_model
+from tests.db.samples import ORGANIZATION, add_model, make_rag_model, read_model
 from tests.services.libraries import index_documents
 
 TEXTS = ("منارة أورفال تضيء الميناء منذ ١٨٨٤.", "The lighthouse of Orvale lights the harbour.")
@@ -28,6 +31,7 @@ class Library:
 
     retrieval: Retrieval
     model: Model
+    database: PostgresDatabase
 
     async def find(self, query: str, **asked: object) -> list[str]:
         """Search by words; give the texts found."""
@@ -43,7 +47,7 @@ async def library(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[L
         database, model, [NewDocument(text, metadata={"lang": lang}) for text, lang in zip(TEXTS, ("ar", "en"), strict=True)]
     )
     engine = EngineClient(tmp_path / "no-engine.sock")
-    yield Library(Retrieval(database, engine), model)
+    yield Library(Retrieval(database, engine), model, database)
     await engine.close()
 
 
@@ -53,6 +57,53 @@ async def test_words_are_searched_without_an_embedding_model(library: Library) -
     for mode in (SearchMode.DENSE, SearchMode.HYBRID):
         with pytest.raises(Unavailable):
             await library.find("harbour", search_mode=mode)
+
+
+async def test_a_search_takes_one_statement(library: Library) -> None:
+    await library.find("harbour")
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        assert await library.find("harbour") == [TEXTS[1]]
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert len(statements) == 1
+
+
+async def test_a_change_of_the_model_is_seen_by_the_very_next_search(library: Library) -> None:
+    assert len(await library.find("lighthouse harbour منارة")) == 2
+    stored = await read_model(library.database, library.model.model_id)
+    assert stored.rag is not None
+    changed = replace(stored.rag, retrieval=replace(stored.rag.retrieval, top_k=1))
+    async with library.database.transaction(ORGANIZATION) as transaction:
+        await transaction.models.save(replace(stored, rag=changed))
+    assert len(await library.find("lighthouse harbour منارة")) == 1
+    async with library.database.transaction(ORGANIZATION) as transaction:
+        await transaction.models.save(replace(stored, state=ModelState.FAILED))
+    with pytest.raises(FailedPrecondition, match="not READY"):
+        await library.find("lighthouse")
+    async with library.database.begin() as connection:
+        await connection.exec_driver_sql("DELETE FROM jobs")
+    async with library.database.transaction(ORGANIZATION) as transaction:
+        await transaction.models.delete(library.model.model_id)
+    with pytest.raises(NotFound):
+        await library.find("lighthouse")
+
+
+async def test_vectors_that_move_to_a_table_of_their_own_are_found_by_the_very_next_search(library: Library) -> None:
+    assert await library.find("harbour") == [TEXTS[1]]
+    assert len(await PostgresVectorTables(library.database, indexed_from_chunks=1).tend()) == 2
+    rag = await library.retrieval.read_configuration(ORGANIZATION, library.model.model_id)
+    vector, query = [1.0] * 8, make_self_standing("harbour", ())
+    settings = RetrievalSettings(5, -1.0)
+    assert len((await library.retrieval.search(ORGANIZATION, library.model.model_id, query, rag, settings, vector)).chunks) == 2
+    assert await library.find("harbour") == [TEXTS[1]]
+    before = replace(rag, index=replace(rag.index, vector_table=None, place_revision="1.1") if rag.index else None)
+    assert len((await library.retrieval.search(ORGANIZATION, library.model.model_id, query, before, settings, vector)).chunks) == 2
 
 
 async def test_a_filter_narrows_the_search(library: Library) -> None:
