@@ -113,7 +113,7 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     hub = {"token": settings.hub_token, "endpoint": settings.hub_endpoint}
     sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": hub})
     datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
-    documents = Documents(database, files, settings.max_document_bytes)
+    documents = Documents(database, files, sources, settings.max_document_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
     estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes), LengthMeasurer(base_models, engine))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from server.domain.errors import ServiceError
 from server.domain.events import ChildEvent, Failed
 from server.domain.jobs import OUT_OF_MEMORY_SUGGESTION, FailureReason, JobFailure
 from server.domain.orders import Order
@@ -118,6 +119,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if isinstance(error, ServiceError) and error.reason == FailureReason.DISK_FULL:
         return True
     return any(phrase in str(error) for phrase in _DISK_PHRASES)
 

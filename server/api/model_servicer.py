@@ -15,7 +15,15 @@ from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
 
 from server.api.decoding import page_from_proto, refuse_all_bad
 from server.api.mappers.catalogue import base_model_to_proto, embedding_model_to_proto
-from server.api.mappers.documents import add_documents_from_proto, document_to_proto, list_documents_from_proto, upload_document_from_proto
+from server.api.mappers.documents import (
+    CONTENT_TYPES,
+    OTHER_CONTENT_TYPE,
+    add_documents_from_proto,
+    document_to_proto,
+    import_document_from_proto,
+    list_documents_from_proto,
+    upload_document_from_proto,
+)
 from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.models import (
@@ -179,6 +187,32 @@ class ModelServicer(ModelServiceServicer):
         wanted = upload_document_from_proto(first, found)
         found.raise_if_any()
         return document_to_proto(await self._service.documents.upload(self._organization, wanted, _read_data(first, request_iterator)))
+
+    async def ImportDocument(
+        self, request: pb.ImportDocumentRequest, context: Context[pb.ImportDocumentRequest, document_pb2.Document]
+    ) -> document_pb2.Document:
+        """Store a file that lies elsewhere."""
+        found = Violations()
+        wanted = import_document_from_proto(request, found)
+        found.raise_if_any()
+        return document_to_proto(await self._service.documents.import_(self._organization, wanted))
+
+    async def DownloadDocumentText(
+        self, request: pb.DownloadDocumentTextRequest, context: Context[pb.DownloadDocumentTextRequest, HttpBody]
+    ) -> AsyncGenerator[HttpBody, None]:
+        """Stream a document's text."""
+        async with aclosing(self._service.documents.read_text(self._organization, request.model_id, request.document_id)) as opened:
+            async for piece in opened:
+                yield HttpBody(content_type=CONTENT_TYPES[None], data=piece)
+
+    async def DownloadDocumentContent(
+        self, request: pb.DownloadDocumentContentRequest, context: Context[pb.DownloadDocumentContentRequest, HttpBody]
+    ) -> AsyncGenerator[HttpBody, None]:
+        """Stream a document as it was given."""
+        form, pieces = await self._service.documents.read_original(self._organization, request.model_id, request.document_id)
+        async with aclosing(pieces) as opened:
+            async for piece in opened:
+                yield HttpBody(content_type=CONTENT_TYPES.get(form, OTHER_CONTENT_TYPE), data=piece)
 
     async def AddDocuments(
         self, request: pb.AddDocumentsRequest, context: Context[pb.AddDocumentsRequest, pb.AddDocumentsResponse]

@@ -4,13 +4,14 @@ from psycopg import Error
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from server.domain.errors import InvalidInput, ServiceError, Unavailable
+from server.domain.errors import InvalidInput, ResourceExhausted, ServiceError, Unavailable
 
 RETRY_AFTER_SECONDS = 1.0
 # Characters that no text column holds (NUL, half a surrogate pair), numbers out of range, vectors of another dimension.
 _BAD_VALUES = frozenset({"22021", "22P02", "22P05", "22003", "22000"})
 # Deadlock, lock or statement took too long: the same may well succeed a moment later.
 _PASSING = frozenset({"40001", "40P01", "55P03", "57014"})
+_DISK_FULL = "53100"
 
 
 class ValueNotStorable(ValueError):
@@ -36,6 +37,8 @@ def _translate_sqlstate(error: DBAPIError, sqlstate: str | None) -> ServiceError
         return _bad_value()
     if sqlstate in _PASSING:
         return Unavailable("The database is busy. Try again.", reason="DATABASE_BUSY", retry_after_seconds=RETRY_AFTER_SECONDS)
+    if sqlstate == _DISK_FULL:
+        return ResourceExhausted("The database's disk is full.", reason="DISK_FULL")
     if error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError"):
         return Unavailable(
             "The database is not answering. Try again.", reason="DATABASE_UNAVAILABLE", retry_after_seconds=RETRY_AFTER_SECONDS

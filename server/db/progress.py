@@ -9,8 +9,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.db.jobs import BEST, PROGRESS
 from server.db.locked_job import LockedJob
 from server.db.tables import job_events
-from server.domain.events import CheckpointSaved, Evaluated, IndexProgress, LoggedPayload, Sampled, Started, StateChanged, StepDone
-from server.domain.jobs import Best, Progress
+from server.domain.events import (
+    CheckpointSaved,
+    Evaluated,
+    IndexAdvanced,
+    IndexProgress,
+    LoggedPayload,
+    Sampled,
+    Started,
+    StateChanged,
+    StepDone,
+)
+from server.domain.jobs import Best, IndexCounters, Progress
 from server.services.codec import Codec
 
 _SAMPLE = Codec[Sampled](Sampled)
@@ -91,6 +101,15 @@ def _advance(progress: Progress, payload: LoggedPayload) -> Progress:
                 loss=payload.loss,
             )
         case IndexProgress():
-            return replace(progress, step=payload.documents_done, total_steps=payload.documents_total)
+            return replace(progress, step=payload.documents_done, total_steps=payload.documents_total, indexing=payload.counters)
+        case IndexAdvanced():
+            known = progress.indexing or IndexCounters()
+            counters = replace(
+                payload.counters,
+                committed_documents=known.committed_documents,
+                committed_chunks=known.committed_chunks,
+                committed_reused=known.committed_reused,
+            )
+            return replace(progress, indexing=counters)
         case _:
             return progress

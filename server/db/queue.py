@@ -1,6 +1,7 @@
 """The job machine as a worker uses it, over all organizations. Time is the database's; a job's epoch fences every write."""
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Text, cast, delete, exists, func, select, union_all, update
@@ -12,7 +13,7 @@ from server.db.database import PostgresDatabase
 from server.db.datasets import dataset_file_from_row
 from server.db.document_commits import DocumentKey, commit_document
 from server.db.document_tables import IndexKey, documents, staged_documents
-from server.db.jobs import checkpoint_from_row, job_from_row, select_jobs
+from server.db.jobs import PROGRESS, checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
 from server.db.models import version_from_row
 from server.db.progress import record_payloads
@@ -22,7 +23,7 @@ from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, mo
 from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
-from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState, may_follow
+from server.domain.jobs import Checkpoint, FailureReason, IndexCounters, Job, JobKind, JobState, may_follow
 from server.domain.models import ModelVersion
 from server.domain.orders import StagedDocument
 from server.domain.retrieval import Chunk
@@ -168,7 +169,14 @@ class PostgresJobQueue:
             if committed.is_settled:
                 done = job.row.progress["step"] + 1
                 count = len(stored) if committed.is_stored else 0
-                progress = IndexProgress(document_id, done, max(total, done), count, committed.said, reading.error_reason)
+                known = PROGRESS.from_json(job.row.progress).indexing or IndexCounters()
+                counters = replace(
+                    reading.counters,
+                    committed_documents=done,
+                    committed_chunks=known.committed_chunks + count,
+                    committed_reused=known.committed_reused + (len(reading.reused) if count else 0),
+                )
+                progress = IndexProgress(document_id, done, max(total, done), count, committed.said, reading.error_reason, counters)
                 await record_payloads(connection, job, [progress])
                 job.set(crashes=0)
                 await job.write()

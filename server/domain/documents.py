@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from server.domain.jobs import IndexCounters
 from server.domain.retrieval import MetadataValue
 
 
@@ -102,13 +103,14 @@ class DocumentReading:
     """How a job came to a document's chunks, or why it did not.
 
     `revision` is that of the content that was read (None: whichever waits), `content` what was read of a file (None: a text, which stays
-    as given), `reused` the positions of chunks whose vectors are those that the same chunks had before.
+    as given), `reused` the positions of chunks whose vectors are those that the same chunks had before. `counters`: how far the job is.
     """
 
     revision: int | None = None
     content: DocumentContent | None = None
     reused: Sequence[int] = ()
     error_reason: str = DOCUMENT_INVALID
+    counters: IndexCounters = IndexCounters()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from server.domain.documents import DOCUMENT_INVALID, DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.findings import Finding
-from server.domain.jobs import FailureReason, JobState
+from server.domain.jobs import FailureReason, IndexCounters, JobState
 from server.domain.retrieval import Chunk
 
 
@@ -145,10 +145,31 @@ class IndexProgress:
     chunks: int
     error: str = ""
     error_reason: str = DOCUMENT_INVALID
+    counters: IndexCounters = IndexCounters()
     kind: Literal["index_progress"] = "index_progress"
 
 
-LoggedPayload = StateChanged | Preparing | DataChecked | Started | StepDone | Evaluated | CheckpointSaved | Sampled | Warned | IndexProgress
+@dataclass(frozen=True, slots=True)
+class IndexAdvanced:
+    """How far a RAG_INDEX job is. From the child: what this attempt has read, cut and embedded; in the log: of all attempts."""
+
+    counters: IndexCounters
+    kind: Literal["index_advanced"] = "index_advanced"
+
+
+LoggedPayload = (
+    StateChanged
+    | Preparing
+    | DataChecked
+    | Started
+    | StepDone
+    | Evaluated
+    | CheckpointSaved
+    | Sampled
+    | Warned
+    | IndexProgress
+    | IndexAdvanced
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +242,7 @@ ChildEvent = (
     | CheckpointSaved
     | Sampled
     | Warned
+    | IndexAdvanced
     | DocumentIndexed
     | Finalizing
     | Paused

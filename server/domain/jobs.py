@@ -108,6 +108,31 @@ class JobFailure(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class IndexCounters:
+    """How far the documents of a RAG_INDEX job are; what is read or embedded and not committed is lost with an attempt, and counted off.
+
+    Chunks count as embedded when their vectors are there, computed or reused. The last two: what of the chunks is committed.
+    """
+
+    parsed_documents: int = 0
+    chunked_chunks: int = 0
+    embedded_chunks: int = 0
+    reused_chunks: int = 0
+    committed_documents: int = 0
+    committed_chunks: int = 0
+    committed_reused: int = 0
+
+    def begin_attempt(self) -> "IndexCounters":
+        """Give what a new attempt begins with."""
+        chunks, reused = self.committed_chunks, self.committed_reused
+        return IndexCounters(self.committed_documents, chunks, chunks, reused, self.committed_documents, chunks, reused)
+
+    def add(self, other: "IndexCounters") -> "IndexCounters":
+        """Give the sums."""
+        return IndexCounters(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a job is. For RAG_INDEX a step is a document."""
 
@@ -118,6 +143,7 @@ class Progress:
     tokens_per_second: float = 0.0
     eta_seconds: float | None = None
     loss: float | None = None
+    indexing: IndexCounters | None = None
 
     @property
     def fraction(self) -> float:

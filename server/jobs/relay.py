@@ -4,6 +4,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from server.domain.events import (
     Evaluated,
     Failed,
     Finalizing,
+    IndexAdvanced,
     LoggedPayload,
     Paused,
     Preparing,
@@ -25,7 +27,7 @@ from server.domain.events import (
     StepDone,
     Warned,
 )
-from server.domain.jobs import Checkpoint, JobState
+from server.domain.jobs import Checkpoint, IndexCounters, JobState
 from server.jobs.files import JobFiles
 from server.services.job_queue import JobQueue, Lease
 
@@ -36,6 +38,7 @@ _KEEP_CHECKPOINTS = 2
 _RETRY_SECONDS = 1.0
 # One sign of progress in the log for each such time: reading a hundred thousand records gives many more.
 _PREPARING_SECONDS = 2.0
+_NOTHING = IndexCounters()
 
 
 async def persist(call: Callable[[], Awaitable[T]]) -> T:
@@ -50,11 +53,14 @@ async def persist(call: Callable[[], Awaitable[T]]) -> T:
 class Relay:
     """The way of one child's events into the log of its job."""
 
-    def __init__(self, queue: JobQueue, lease: Lease, files: JobFiles, document_count: int = 0) -> None:
+    def __init__(self, queue: JobQueue, lease: Lease, files: JobFiles, document_count: int = 0, counters: IndexCounters = _NOTHING) -> None:
+        """`document_count` and `counters` are those of an index job: of all its attempts, and what the earlier ones committed."""
         self._queue = queue
         self._lease = lease
         self._files = files
         self._document_count = document_count
+        self._base = self._counters = counters
+        self._committed = 0
         self._pending: list[LoggedPayload] = []
         self._last_evaluation: Evaluated | None = None
         self._is_finalizing = False
@@ -89,6 +95,13 @@ class Relay:
                 if time.monotonic() >= self._next_preparing:
                     self._next_preparing = time.monotonic() + _PREPARING_SECONDS
                     self._pending.append(event)
+            case IndexAdvanced():
+                self._counters = replace(
+                    self._base.add(event.counters), committed_documents=self._base.committed_documents + self._committed
+                )
+                if time.monotonic() >= self._next_preparing:
+                    self._next_preparing = time.monotonic() + _PREPARING_SECONDS
+                    self._pending.append(IndexAdvanced(self._counters))
             case CheckpointSaved():
                 await self._record_checkpoint(event)
             case DocumentIndexed():
@@ -124,10 +137,12 @@ class Relay:
     async def _commit_document(self, event: DocumentIndexed) -> None:
         await self._flush()
         vectors = base64.b64decode(event.vectors, validate=True)
+        reading = replace(event.reading, counters=self._counters)
         dropped = await persist(
             lambda: self._queue.commit_document(
-                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count, event.reading
+                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count, reading
             )
         )
+        self._committed += 1
         for path in dropped:
             await asyncio.to_thread(self._files.delete, path)

@@ -10,7 +10,7 @@ from typing import Any
 from server.childprocess import explain_failure
 from server.domain.errors import ErrorData, FailedPrecondition, InvalidInput, LeaseLost, Unavailable
 from server.domain.events import Failed, Paused, ResultReady
-from server.domain.jobs import TERMINAL_STATES, FailureReason, JobFailure, JobState
+from server.domain.jobs import TERMINAL_STATES, FailureReason, IndexCounters, JobFailure, JobState
 from server.domain.orders import IndexOrder
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.execution import Execution, RunningWork, WorkEnd
@@ -148,7 +148,8 @@ class JobRunner:
         # Of the whole job: what earlier attempts have committed is not in this order.
         document_count = claim.job.progress.step + order.document_count if isinstance(order, IndexOrder) else 0
         try:
-            relay = held.relay = Relay(self._queue, claim.lease, self._files, document_count)
+            counters = (claim.job.progress.indexing or IndexCounters()).begin_attempt()
+            relay = held.relay = Relay(self._queue, claim.lease, self._files, document_count, counters)
             ending = await relay.run(child.read_events())
             if ending is None:
                 return self._explain_silence(held, child, await child.wait())

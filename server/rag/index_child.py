@@ -15,9 +15,9 @@ import numpy as np
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
 from server.domain.documents import DocumentReading
 from server.domain.errors import ServiceError
-from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
+from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, IndexAdvanced, ResultReady, Started, Warned
 from server.domain.generation import EmbedRole
-from server.domain.jobs import FailureReason, JobFailure
+from server.domain.jobs import FailureReason, IndexCounters, JobFailure
 from server.domain.orders import IndexOrder, StagedDocument
 from server.domain.retrieval import Chunk
 from server.rag.chunking import resolve_chunk_tokens
@@ -44,6 +44,12 @@ class _Tally:
     chunks: int = 0
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
+    counters: IndexCounters = IndexCounters()
+
+    def count(self, **more: int) -> IndexAdvanced:
+        """Count what was read, cut or embedded; say how far it is."""
+        self.counters = self.counters.add(IndexCounters(**more))
+        return IndexAdvanced(self.counters)
 
     def add(self, event: DocumentIndexed) -> None:
         """Count a document."""
@@ -73,10 +79,14 @@ def run_index(
     for warning in _find_warnings(order, loaded):
         emit(warning)
     tally = _Tally()
+
+    def report(**more: int) -> None:
+        emit(tally.count(**more))
+
     bytes_per_vector = loaded.dimension * 2 * 4 // 3 + 256
     cutter = DocumentCutter(order.spec.chunking, loaded.tokenizer, fetch, limits or Limits(), bytes_per_vector, max_event_bytes)
-    for group in _group(_cut_documents(storage_root / order.documents_path, cutter)):
-        vectors = embed_chunks(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop)
+    for group in _group(_cut_documents(storage_root / order.documents_path, cutter, report)):
+        vectors = embed_chunks(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop, report)
         if vectors is None:
             return
         for event in _make_events(group, vectors, loaded.dimension):
@@ -110,11 +120,14 @@ def _find_warnings(order: IndexOrder, loaded: LoadedModel) -> Iterator[Warned]:
         yield Warned("CHUNKS_SHORTENED", f"Chunks have at most {given} tokens, not {asked}: the embedding model reads no more.")
 
 
-def _cut_documents(path: Path, cutter: DocumentCutter) -> Iterator[CutDocument]:
+def _cut_documents(path: Path, cutter: DocumentCutter, report: Callable[..., None]) -> Iterator[CutDocument]:
     """Read the documents one by one and cut them."""
     with path.open("rb") as lines:
         for line in lines:
-            yield cutter.cut(_DOCUMENT.decode(line))
+            cut = cutter.cut(_DOCUMENT.decode(line))
+            reused = len(cut.reading.reused)
+            report(parsed_documents=1, chunked_chunks=len(cut.chunks), embedded_chunks=reused, reused_chunks=reused)
+            yield cut
 
 
 def _group(cuts: Iterator[CutDocument]) -> Iterator[list[CutDocument]]:
@@ -129,7 +142,13 @@ def _group(cuts: Iterator[CutDocument]) -> Iterator[list[CutDocument]]:
         yield group
 
 
-def embed_chunks(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[], bool]) -> Vectors | None:
+def _say_nothing(**_: int) -> None:
+    """Report to nobody."""
+
+
+def embed_chunks(
+    loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Callable[[], bool], report: Callable[..., None] = _say_nothing
+) -> Vectors | None:
     """Embed chunks in groups; None where the job was told to stop in between."""
     rows: list[Vectors] = [np.zeros((0, loaded.dimension), dtype=np.float32)]
     for first in range(0, len(chunks), CHUNKS_PER_GROUP):
@@ -137,6 +156,7 @@ def embed_chunks(loaded: LoadedModel, chunks: Sequence[Chunk], should_stop: Call
             return None
         passages = write_passages(chunks[first : first + CHUNKS_PER_GROUP], loaded.tokenizer)
         rows.append(loaded.encode(passages, EmbedRole.PASSAGE))
+        report(embedded_chunks=len(passages))
     return np.concatenate(rows)
 
 

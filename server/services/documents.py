@@ -2,19 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from server.domain.documents import Document, DocumentFile, DocumentFormat, DocumentState, NewDocument
-from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound
+from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound, ResourceExhausted
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.jobs import Job
 from server.domain.models import Model, ModelType
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.paging import close_page, open_page
-from server.services.ports import Database, Files, Transaction
-from server.services.requests import AddDocuments, ListDocuments, Listed, UploadDocument
-from server.services.staging import Staged, check_description, check_documents, new_index_job, stage_documents
+from server.services.ports import Database, DatasetSources, Files, Transaction
+from server.services.requests import AddDocuments, ImportDocument, ListDocuments, Listed, UploadDocument
+from server.services.staging import MAX_SOURCE_CHARACTERS, Staged, check_description, check_documents, new_index_job, stage_documents
 from server.services.validation import MAX_REQUEST_ID_CHARACTERS, Violations
 
 READ_BYTES = 1 << 20  # of a download at a time
@@ -23,9 +24,10 @@ READ_BYTES = 1 << 20  # of a download at a time
 class Documents:
     """Use cases of documents."""
 
-    def __init__(self, database: Database, files: Files, max_bytes: int) -> None:
+    def __init__(self, database: Database, files: Files, sources: DatasetSources, max_bytes: int) -> None:
         self._database = database
         self._files = files
+        self._sources = sources
         self._max_bytes = max_bytes
 
     async def upload(self, organization: str, request: UploadDocument, data: AsyncIterator[bytes]) -> Document:
@@ -33,20 +35,45 @@ class Documents:
 
         Raises NotFound, FailedPrecondition, InvalidInput, AlreadyExists, ResourceExhausted where it is too large or the disk is full.
         """
-        found = Violations()
         described = NewDocument("", request.title, request.source_uri, request.metadata or {}, request.document_id)
-        check_description(found, described)
+        await self._check(organization, request, described, Violations())
+        return await self._take_in(organization, "UploadDocument", request, described, data)
+
+    async def import_(self, organization: str, request: ImportDocument) -> Document:
+        """Store what lies at a URI likewise. Raises as `upload` does, and what the URI's place raises."""
+        found = Violations()
+        found.text("uri", request.uri, MAX_SOURCE_CHARACTERS, least=1)
+        described = NewDocument("", request.title, request.uri, request.metadata or {}, request.document_id)
+        await self._check(organization, request, described, found)
+        async with self._sources.open(request.uri) as source:
+            if source.size_bytes is not None and source.size_bytes > self._max_bytes:
+                raise ResourceExhausted(f"The file is larger than {self._max_bytes:,} bytes.", reason="UPLOAD_TOO_LARGE")
+            return await self._take_in(organization, "ImportDocument", request, described, source.pieces)
+
+    async def _check(self, organization: str, request: UploadDocument | ImportDocument, described: NewDocument, found: Violations) -> None:
+        if not found.found:
+            check_description(found, described)
         found.text("request_id", request.request_id, MAX_REQUEST_ID_CHARACTERS)
         found.raise_if_any()
         async with self._database.transaction(organization) as transaction:
             await _get_rag_model(transaction, request.model_id)
+
+    async def _take_in(
+        self,
+        organization: str,
+        method: str,
+        request: UploadDocument | ImportDocument,
+        described: NewDocument,
+        data: AsyncIterator[bytes],
+    ) -> Document:
+        """Write a file, and keep it or leave nothing."""
         path = f"{organization}/documents/{request.model_id}/{new_id(DOCUMENT)}"
         stored = await self._files.write(path, data, self._max_bytes)
         try:
             if not stored.size_bytes:
                 raise InvalidInput.field("data", "is empty", "DOCUMENT_EMPTY")
             new = replace(described, file=DocumentFile(path, stored.size_bytes, stored.sha256))
-            document, dropped = await self._keep(organization, request, new)
+            document, dropped = await self._keep(organization, method, request, new)
         except (InvalidInput, NotFound, FailedPrecondition, AlreadyExists):
             # Nothing was committed. After any other end something may be: a file that no row names goes with the worker's sweep.
             await self._files.delete_tree(path)
@@ -55,19 +82,21 @@ class Documents:
             await self._files.delete_tree(each)
         return document
 
-    async def _keep(self, organization: str, request: UploadDocument, new: NewDocument) -> tuple[Document, Sequence[str]]:
+    async def _keep(
+        self, organization: str, method: str, request: UploadDocument | ImportDocument, new: NewDocument
+    ) -> tuple[Document, Sequence[str]]:
         """Store what a file becomes; give its document, and files that nobody needs."""
         assert new.file is not None
         body = hash_body((request, new.file.sha256))
         async with self._database.transaction(organization) as transaction:
-            if issued := await find_issued(transaction, "UploadDocument", request.request_id, body):
+            if issued := await find_issued(transaction, method, request.request_id, body):
                 return await transaction.documents.get(request.model_id, issued["document_id"]), [new.file.path]
             model = await _get_rag_model(transaction, request.model_id, lock=True)
             if request.validate_only:
                 return _preview(request.model_id, new), [new.file.path]
             _, staged = await _stage(transaction, model, [new], "document_id")
             document_id = staged.document_ids[0]
-            await remember(transaction, "UploadDocument", request.request_id, body, {"document_id": document_id})
+            await remember(transaction, method, request.request_id, body, {"document_id": document_id})
             return await transaction.documents.get(model.model_id, document_id), staged.dropped_paths
 
     async def add(self, organization: str, request: AddDocuments) -> tuple[Sequence[Document], Job | None]:
@@ -111,18 +140,17 @@ class Documents:
             await transaction.models.get(model_id)
             return await transaction.documents.get(model_id, document_id)
 
-    async def read_text(self, organization: str, model_id: str, document_id: str) -> str:
-        """Read the text that is cited. Raises NotFound, FailedPrecondition while the file was not read yet."""
+    async def read_text(self, organization: str, model_id: str, document_id: str) -> AsyncGenerator[bytes, None]:
+        """Give the text that is cited, in pieces of UTF-8. Raises NotFound, FailedPrecondition while the file was not read yet."""
         async with self._database.transaction(organization) as transaction:
             await transaction.models.get(model_id)
             text = await transaction.documents.get_text(model_id, document_id)
         if not text:
-            raise FailedPrecondition(
-                "The document's file was not read yet, or could not be read.",
-                reason="DOCUMENT_NOT_READ",
-                metadata={"document_id": document_id},
-            )
-        return text
+            message = "The document's file was not read yet, or could not be read."
+            raise FailedPrecondition(message, reason="DOCUMENT_NOT_READ", metadata={"document_id": document_id})
+        async with aclosing(_give(text.encode())) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def read_original(
         self, organization: str, model_id: str, document_id: str

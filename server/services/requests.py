@@ -153,6 +153,19 @@ class UploadDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportDocument:
+    """A file to import as a document. `metadata` None: not given."""
+
+    model_id: str
+    uri: str
+    title: str = ""
+    metadata: Mapping[str, MetadataValue] | None = None
+    document_id: str = ""
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class UploadDataset:
     """What goes with an uploaded file."""
 

@@ -62,9 +62,8 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     """The api on a port of its own."""
     files, source = LocalFiles(tmp_path / "storage"), BaseModelSource(tmp_path / "cache", hub_endpoint="http://127.0.0.1:9")
     engine, feed = EngineClient(tmp_path / "no-engine.sock"), PostgresJobFeed(database)
-    datasets = Datasets(
-        database, files, InspectionProcesses(), ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))]), MAX_DATASET_BYTES
-    )
+    imports = ImportRoots([ImportRoot.parse(str(tmp_path / "imports"))])
+    datasets = Datasets(database, files, InspectionProcesses(), imports, MAX_DATASET_BYTES)
     machine = Machine(memory_bytes=16 << 30, device_memory_bytes=0, cores=2)
     tuning = FineTuning(
         database, datasets, source, FineTuneDefaults(16, 1e-3), Estimator(source, machine, LengthMeasurer(source, NoEngine()))
@@ -73,7 +72,7 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     references = References(database, source)
     services = Services(
         models=ModelService(
-            database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, MAX_DOCUMENT_BYTES)
+            database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, imports, MAX_DOCUMENT_BYTES)
         ),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),

@@ -35,6 +35,7 @@ from server.domain.events import (
     CheckpointSaved,
     DataChecked,
     Evaluated,
+    IndexAdvanced,
     IndexProgress,
     JobEvent,
     LengthBucket,
@@ -48,7 +49,7 @@ from server.domain.events import (
 )
 from server.domain.findings import Finding
 from server.domain.generation import FinishReason, GenerationParameters, Role
-from server.domain.jobs import JobKind, JobState
+from server.domain.jobs import IndexCounters, JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
 from server.domain.retrieval import (
@@ -324,6 +325,7 @@ PAYLOADS: Sequence[tuple[LoggedPayload, str]] = [
     (Sampled(5, "Who?", "Me."), "sample"),
     (Warned("RECORDS_DROPPED", "Two."), "warning"),
     (IndexProgress("doc_1", 1, 2, 3, "bad"), "document_indexed"),
+    (IndexAdvanced(IndexCounters(2, 9, 5, 1)), "indexing"),
 ]
 
 

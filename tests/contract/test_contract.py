@@ -41,6 +41,9 @@ PROMISED = (
     ("get", "/models/{model_id}/versions/{version}/files/{path=**}", "ModelService.DownloadModelFile"),
     ("get", "/models/{model_id}/versions/{version}/archive", "ModelService.DownloadModelArchive"),
     ("post", "/models/{model_id}/documents", "ModelService.UploadDocument"),
+    ("post", "/models/{model_id}/documents/import", "ModelService.ImportDocument"),
+    ("get", "/models/{model_id}/documents/{document_id}/text", "ModelService.DownloadDocumentText"),
+    ("get", "/models/{model_id}/documents/{document_id}/content", "ModelService.DownloadDocumentContent"),
     ("post", "/models/{model_id}/documents/batch", "ModelService.AddDocuments"),
     ("get", "/models/{model_id}/documents", "ModelService.ListDocuments"),
     ("get", "/models/{model_id}/documents/{document_id}", "ModelService.GetDocument"),
@@ -77,6 +80,8 @@ BODIES = {"TrainingService.UploadDataset": "data", "ModelService.UploadDocument"
 STREAMS = {
     "TrainingService.UploadDataset": (True, False),
     "ModelService.UploadDocument": (True, False),
+    "ModelService.DownloadDocumentText": (False, True),
+    "ModelService.DownloadDocumentContent": (False, True),
     "TrainingService.WatchTrainingJob": (False, True),
     "TrainingService.ImportDataset": (False, True),
     "ModelService.DownloadModelFile": (False, True),
@@ -155,6 +160,7 @@ def test_a_created_thing_can_be_asked_for_twice_and_tried() -> None:
         "AddDocumentsRequest",
         "UploadDatasetRequest",
         "UploadDocumentRequest",
+        "ImportDocumentRequest",
         "ImportDatasetRequest",
     }
     messages = {message.name: {field.name for field in message.field} for _, message in walk_messages()}

@@ -9,10 +9,12 @@ import pytest
 from psycopg.rows import TupleRow
 from sqlalchemy import text
 
+from server.childprocess import explain_failure
 from server.db.database import PostgresDatabase, PostgresTransaction
 from server.domain.documents import NewDocument
-from server.domain.errors import InvalidInput, NotFound, Unavailable
+from server.domain.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.ids import DOCUMENT, new_id
+from server.domain.jobs import FailureReason
 from server.domain.models import Model
 from server.services.ports import IssuedRequest, JobFilter, ModelFilter, Page
 from tests.db.samples import ORGANIZATION, add_dataset, add_model, make_dataset, make_job, make_model, make_rag_model, read_model
@@ -115,3 +117,13 @@ async def test_a_fault_of_ours_stays_what_it_is(database: PostgresDatabase) -> N
         async with database.begin() as connection:
             await connection.execute(text("SELECT no_such_column FROM models"))
     assert not isinstance(caught.value, InvalidInput | Unavailable)
+
+
+async def test_a_full_disk_is_told_from_a_database_that_is_away(database: PostgresDatabase) -> None:
+    with pytest.raises(ResourceExhausted) as caught:
+        async with database.begin() as connection:
+            await connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'could not extend file' USING ERRCODE = '53100'; END $$"))
+    assert caught.value.reason == "DISK_FULL"
+    failure = explain_failure(caught.value)
+    assert failure is not None
+    assert failure.reason is FailureReason.DISK_FULL

@@ -13,7 +13,7 @@ from server.db.queue import PostgresJobQueue
 from server.domain.documents import DocumentState
 from server.domain.errors import FailedPrecondition
 from server.domain.events import IndexProgress
-from server.domain.jobs import HELD_STATES, JobKind, JobState, may_follow
+from server.domain.jobs import HELD_STATES, IndexCounters, JobKind, JobState, may_follow
 from server.services.job_queue import ClaimLimits
 from server.services.ports import Page
 from tests.db.samples import (
@@ -186,9 +186,9 @@ async def test_committed_documents_are_the_progress_of_an_index_job(database: Po
     await queue.commit_document(lease, deleted, make_chunks(["c"]), make_vectors(1).tobytes(), 8, "", 3)
     progress = [event.payload for event in await read_log(database, lease.job_id)][4:]
     assert progress == [
-        IndexProgress(good, 1, 3, 2),
-        IndexProgress(bad, 2, 3, 0, "It is empty."),
-        IndexProgress(deleted, 3, 3, 0, "The document was deleted while it was being indexed."),
+        IndexProgress(good, 1, 3, 2, counters=IndexCounters(0, 0, 0, 0, 1, 2)),
+        IndexProgress(bad, 2, 3, 0, "It is empty.", counters=IndexCounters(0, 0, 0, 0, 2, 2)),
+        IndexProgress(deleted, 3, 3, 0, "The document was deleted while it was being indexed.", counters=IndexCounters(0, 0, 0, 0, 3, 2)),
     ]
     job = await read_job(database, lease.job_id)
     assert (job.progress.step, job.progress.total_steps, job.progress.fraction) == (3, 3, 1.0)

@@ -19,12 +19,23 @@ from server.domain.documents import (
     DocumentWarning,
     NewDocument,
 )
-from server.domain.events import IndexProgress
+from server.domain.events import IndexAdvanced, IndexProgress
+from server.domain.jobs import IndexCounters
 from server.domain.models import Model
 from server.domain.orders import StagedDocument
 from server.domain.retrieval import Chunk, RetrievalSettings, RetrievedChunk, Search
 from server.services.job_queue import Lease
-from tests.db.samples import ORGANIZATION, add_documents, add_model, make_chunks, make_rag_model, make_vectors, read_log, start_job
+from tests.db.samples import (
+    ORGANIZATION,
+    add_documents,
+    add_model,
+    make_chunks,
+    make_rag_model,
+    make_vectors,
+    read_job,
+    read_log,
+    start_job,
+)
 
 VECTORS = make_vectors(3)
 FILE = DocumentFile("default/documents/m/one", 300, "f" * 64)
@@ -165,3 +176,15 @@ async def test_the_file_of_replaced_content_is_given_to_be_removed(shelf: Shelf)
     assert await shelf.commit(make_chunks(["b"]), VECTORS[:1].tobytes(), DocumentReading(3, CONTENT)) == [FILE.path]
     async with shelf.database.transaction(ORGANIZATION) as transaction:
         assert await transaction.documents.delete(shelf.model.model_id, shelf.document_id) == ["default/documents/m/two"]
+
+
+async def test_counters_say_what_is_committed_and_a_new_attempt_begins_there(shelf: Shelf) -> None:
+    far = IndexCounters(parsed_documents=4, chunked_chunks=9, embedded_chunks=8, reused_chunks=1)
+    await shelf.queue.append(shelf.lease, [IndexAdvanced(far)])
+    await shelf.commit(make_chunks(["a", "b"]), VECTORS[:2].tobytes(), DocumentReading(1, counters=far))
+    progress = (await read_job(shelf.database, shelf.lease.job_id)).progress
+    assert progress.indexing == replace(far, committed_documents=1, committed_chunks=2)
+    await shelf.queue.append(shelf.lease, [IndexAdvanced(replace(far, parsed_documents=5))])
+    again = (await read_job(shelf.database, shelf.lease.job_id)).progress.indexing
+    assert again == replace(far, parsed_documents=5, committed_documents=1, committed_chunks=2)
+    assert again.begin_attempt() == IndexCounters(1, 2, 2, 0, 1, 2, 0)

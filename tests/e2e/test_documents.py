@@ -76,6 +76,25 @@ def test_an_uploaded_pdf_is_found_with_its_page_and_place(stack: Stack, library:
     (chunk,) = retrieve(stack, library, "What do bicycles cost?")
     assert (chunk["document_id"], chunk["page"], chunk["title"]) == (document["document_id"], 2, "Halda")
     assert "Bicycles" in chunk["text"]
+    path = f"{stack.api}/models/{library}/documents/{document['document_id']}"
+    text, content = httpx.get(f"{path}/text", timeout=30), httpx.get(f"{path}/content", timeout=30)
+    assert text.text[chunk["char_start"] : chunk["char_end"]] == chunk["text"]
+    assert text.headers["content-type"] == "text/plain; charset=utf-8"
+    assert (content.content, content.headers["content-type"]) == (pdf, "application/pdf")
+    counters = events[-1]["finished"]["job"]["progress"]["indexing"]
+    chunks = read["chunk_count"]
+    assert counters == {
+        "parsed_documents": 1, "chunked_chunks": chunks, "embedded_chunks": chunks, "reused_chunks": 0, "committed_documents": 1
+    }  # fmt: skip
+
+
+def test_an_imported_file_is_found(stack: Stack, library: str) -> None:
+    page = stack.imports_path / "quay.html"
+    page.write_text("<html><head><title>Quays</title></head><body><h1>North quay</h1><p>Eels are smoked here.</p></body></html>")
+    document = post(stack, f"/models/{library}/documents/import", {"uri": f"file://{page}", "metadata": {"kind": "web"}})
+    wait_for_job(stack, document["job_id"])
+    (chunk,) = retrieve(stack, library, "Where are eels smoked?")
+    assert (chunk["title"], chunk["heading_path"], chunk["metadata"]) == ("Quays", ["North quay"], {"kind": "web"})
 
 
 def test_a_file_in_its_place_embeds_only_what_has_changed(stack: Stack, library: str) -> None:
@@ -98,6 +117,7 @@ def test_a_file_in_its_place_embeds_only_what_has_changed(stack: Stack, library:
     assert (changed["document_id"], changed["state"], changed["update_pending"]) == (first["document_id"], "STATE_INDEXED", True)
     job = wait_for_job(stack, changed["job_id"])[-1]["finished"]["job"]
     assert job["state"] == "STATE_SUCCEEDED"
+    assert (job["progress"]["indexing"]["reused_chunks"], job["progress"]["indexing"]["embedded_chunks"]) == (1, 2)
     (same,), (other,) = (retrieve(stack, library, query) for query in ("What does the lamp burn?", "Where do nets dry?"))
     assert (same["chunk_id"], same["scores"]) == (lamp["chunk_id"], lamp["scores"])
     assert "south quay" in other["text"]

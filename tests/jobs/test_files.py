@@ -96,6 +96,7 @@ LIVE = {
     "default/jobs/job_waiting/checkpoint-10-1",
     "default/models/mdl_a/job_a-1",
     "default/datasets/ds_a/records.jsonl",
+    "default/documents/mdl_a/doc_a",
 }
 
 
@@ -104,6 +105,8 @@ LIVE = {
     [
         "default/jobs/job_gone/checkpoint-5-1/state",
         "default/jobs/job_waiting/checkpoint-5-1/state",
+        "default/documents/mdl_a/doc_gone",
+        "default/documents/mdl_a/doc_a.partial",
         "default/models/mdl_a/job_b-1/weights",
         "default/models/mdl_x.partial/weights",
         "default/datasets/ds_x.partial",
@@ -126,6 +129,8 @@ def test_a_sweep_takes_what_is_old_and_belongs_to_nothing(tmp_path: Path, path: 
         "default/jobs/job_waiting/checkpoint-10-1/state",
         "default/models/mdl_a/job_a-1/weights",
         "default/datasets/ds_a/records.jsonl",
+        "default/documents/mdl_a/doc_a",
+        "default/documents/mdl_unknown/doc_z",
         # Of another database, perhaps.
         "default/models/mdl_unknown/job_z-1/weights",
         "default/datasets/ds_unknown/records.jsonl",

@@ -287,6 +287,23 @@ async def test_an_index_job_commits_each_document(stage: Stage) -> None:
     assert not (stage.storage / "default/jobs" / job.job_id).exists()
 
 
+async def test_a_disk_that_is_full_fails_the_index_job_and_keeps_what_waits(stage: Stage) -> None:
+    stage.write_script(Script())
+    model = await samples.add_model(stage.database, samples.make_rag_model())
+    (document_id,) = await samples.add_documents(stage.database, model, ["text"])
+    job = await samples.add_job(stage.database, model)
+    order = stage.storage / "default/jobs" / job.job_id / "documents-1.jsonl"
+    order.parent.mkdir(parents=True)
+    order.symlink_to("/dev/full")
+    async with stage.working():
+        ended = await stage.wait_for_end(job)
+        assert ended.error is not None
+        assert (ended.state, ended.error.reason) == (S.FAILED, FailureReason.DISK_FULL)
+        async with stage.database.transaction(samples.ORGANIZATION) as transaction:
+            assert (await transaction.documents.get(model.model_id, document_id)).state is DocumentState.PENDING
+        assert (await stage.wait_for_end(await stage.retry(job))).state is S.SUCCEEDED
+
+
 async def test_vectors_that_do_not_fit_fail_the_index_job_at_once(stage: Stage) -> None:
     stage.write_script(Script(dimension=4))
     model = await samples.add_model(stage.database, samples.make_rag_model())

@@ -82,7 +82,7 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
     estimator = Estimator(source, MACHINE, LengthMeasurer(source, NoEngine()))
     tuning = FineTuning(database, datasets, source, FineTuneDefaults(16, 1e-3), estimator)
     models = ModelService(
-        database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, MAX_DOCUMENT_BYTES)
+        database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, imports, MAX_DOCUMENT_BYTES)
     )
     training = TrainingService(database, feed, datasets, JobControl(database, files))
     versions = Versions(database, files, ArtefactDownloads(ArtefactStore(storage)), engine)

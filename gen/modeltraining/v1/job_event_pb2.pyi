@@ -405,6 +405,7 @@ class JobEvent(_message.Message):
         DOCUMENTS_TOTAL_FIELD_NUMBER: _builtins.int
         CHUNK_COUNT_FIELD_NUMBER: _builtins.int
         ERROR_FIELD_NUMBER: _builtins.int
+        PROGRESS_FIELD_NUMBER: _builtins.int
         document_id: _builtins.str
         """The document."""
         documents_done: _builtins.int
@@ -417,6 +418,10 @@ class JobEvent(_message.Message):
         def error(self) -> _status_pb2.Status:
             """Why it failed. Unset: it did not."""
 
+        @_builtins.property
+        def progress(self) -> _training_job_pb2.TrainingJob.Indexing:
+            """How far the job is with it."""
+
         def __init__(
             self,
             *,
@@ -425,10 +430,11 @@ class JobEvent(_message.Message):
             documents_total: _builtins.int = ...,
             chunk_count: _builtins.int = ...,
             error: _status_pb2.Status | None = ...,
+            progress: _training_job_pb2.TrainingJob.Indexing | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "progress", b"progress"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "document_id", b"document_id", "documents_done", b"documents_done", "documents_total", b"documents_total", "error", b"error"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "document_id", b"document_id", "documents_done", b"documents_done", "documents_total", b"documents_total", "error", b"error", "progress", b"progress"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,6 +493,7 @@ class JobEvent(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     PREPARING_FIELD_NUMBER: _builtins.int
     DATA_CHECKED_FIELD_NUMBER: _builtins.int
+    INDEXING_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     sequence: _builtins.int
@@ -553,6 +560,10 @@ class JobEvent(_message.Message):
     def data_checked(self) -> Global___JobEvent.DataChecked:
         """The end of it."""
 
+    @_builtins.property
+    def indexing(self) -> _training_job_pb2.TrainingJob.Indexing:
+        """How far an indexing is, every few seconds while no document is committed."""
+
     def __init__(
         self,
         *,
@@ -574,12 +585,13 @@ class JobEvent(_message.Message):
         error: _status_pb2.Status | None = ...,
         preparing: Global___JobEvent.Preparing | None = ...,
         data_checked: Global___JobEvent.DataChecked | None = ...,
+        indexing: _training_job_pb2.TrainingJob.Indexing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "job_id", b"job_id", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "job_id", b"job_id", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error", "preparing", "data_checked"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error", "preparing", "data_checked", "indexing"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from modeltraining.v1 import base_model_pb2 as _base_model_pb2
 from modeltraining.v1 import document_pb2 as _document_pb2
@@ -730,6 +731,112 @@ class UploadDocumentRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadDocumentRequest: _TypeAlias = UploadDocumentRequest  # noqa: Y015
+
+@_typing.final
+class ImportDocumentRequest(_message.Message):
+    """Imports a file as a document."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`. Required."""
+    uri: _builtins.str
+    """Where the file lies, for example "s3://bucket/report.pdf". Required; at most 2,000 characters."""
+    title: _builtins.str
+    """Title, at most 500 characters. Default: the file's own, else the last part of `uri`."""
+    document_id: _builtins.str
+    """Document of the model whose content this becomes, `doc_…`. NOT_FOUND if there is none. Default: the one with this `uri`, else a new one."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check that needs no reading of the file's text, keep nothing; the answer shows what would be created, without an id.
+    Default false.
+    """
+    @_builtins.property
+    def metadata(self) -> _struct_pb2.Struct:
+        """The caller's own metadata: at most 64 keys of 1 to 128 characters, each with a text, a number or a boolean. Default: none; of a document
+        that it replaces, the one that it had.
+        """
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        title: _builtins.str = ...,
+        metadata: _struct_pb2.Struct | None = ...,
+        document_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["metadata", b"metadata"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id", "metadata", b"metadata", "model_id", b"model_id", "request_id", b"request_id", "title", b"title", "uri", b"uri", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportDocumentRequest: _TypeAlias = ImportDocumentRequest  # noqa: Y015
+
+@_typing.final
+class DownloadDocumentTextRequest(_message.Message):
+    """Asks for a document's text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`. Required."""
+    document_id: _builtins.str
+    """The document, `doc_…`. Required."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        document_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id", "model_id", b"model_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadDocumentTextRequest: _TypeAlias = DownloadDocumentTextRequest  # noqa: Y015
+
+@_typing.final
+class DownloadDocumentContentRequest(_message.Message):
+    """Asks for a document as it was given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`. Required."""
+    document_id: _builtins.str
+    """The document, `doc_…`. Required."""
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        document_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_id", b"document_id", "model_id", b"model_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadDocumentContentRequest: _TypeAlias = DownloadDocumentContentRequest  # noqa: Y015
 
 @_typing.final
 class GetDocumentRequest(_message.Message):

@@ -121,6 +121,11 @@ class ModelServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_document__pb2.Document.FromString,
                 _registered_method=True)
+        self.ImportDocument = channel.unary_unary(
+                '/modeltraining.v1.ModelService/ImportDocument',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.ImportDocumentRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_document__pb2.Document.FromString,
+                _registered_method=True)
         self.AddDocuments = channel.unary_unary(
                 '/modeltraining.v1.ModelService/AddDocuments',
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.AddDocumentsRequest.SerializeToString,
@@ -135,6 +140,16 @@ class ModelServiceStub:
                 '/modeltraining.v1.ModelService/GetDocument',
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.GetDocumentRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_document__pb2.Document.FromString,
+                _registered_method=True)
+        self.DownloadDocumentText = channel.unary_stream(
+                '/modeltraining.v1.ModelService/DownloadDocumentText',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentTextRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+                _registered_method=True)
+        self.DownloadDocumentContent = channel.unary_stream(
+                '/modeltraining.v1.ModelService/DownloadDocumentContent',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentContentRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.DeleteDocument = channel.unary_unary(
                 '/modeltraining.v1.ModelService/DeleteDocument',
@@ -275,6 +290,14 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportDocument(self, request, context):
+        """Adds a file that lies below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf) to a RAG model, as UploadDocument does; its URI is
+        the document's `source_uri`, so that importing it again replaces what has changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddDocuments(self, request, context):
         """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument.
         """
@@ -296,8 +319,23 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DownloadDocumentText(self, request, context):
+        """Gives the text in which offsets of chunks and citations count, as text/plain in UTF-8. FAILED_PRECONDITION, reason DOCUMENT_NOT_READ,
+        while a file was not read yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadDocumentContent(self, request, context):
+        """Gives a document as it was given: its file, byte by byte, or its text. NOT_FOUND for a file that could not be read: those are not kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteDocument(self, request, context):
-        """Deletes a document with its chunks and vectors, at once.
+        """Deletes a document with its chunks, vectors and file, at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -400,6 +438,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_document__pb2.Document.SerializeToString,
             ),
+            'ImportDocument': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportDocument,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ImportDocumentRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_document__pb2.Document.SerializeToString,
+            ),
             'AddDocuments': grpc.unary_unary_rpc_method_handler(
                     servicer.AddDocuments,
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.AddDocumentsRequest.FromString,
@@ -414,6 +457,16 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetDocument,
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.GetDocumentRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_document__pb2.Document.SerializeToString,
+            ),
+            'DownloadDocumentText': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadDocumentText,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentTextRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
+            ),
+            'DownloadDocumentContent': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadDocumentContent,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentContentRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'DeleteDocument': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDocument,
@@ -875,6 +928,33 @@ class ModelService:
             _registered_method=True)
 
     @staticmethod
+    def ImportDocument(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/ImportDocument',
+            modeltraining_dot_v1_dot_model__service__pb2.ImportDocumentRequest.SerializeToString,
+            modeltraining_dot_v1_dot_document__pb2.Document.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def AddDocuments(request,
             target,
             options=(),
@@ -945,6 +1025,60 @@ class ModelService:
             '/modeltraining.v1.ModelService/GetDocument',
             modeltraining_dot_v1_dot_model__service__pb2.GetDocumentRequest.SerializeToString,
             modeltraining_dot_v1_dot_document__pb2.Document.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadDocumentText(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/DownloadDocumentText',
+            modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentTextRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadDocumentContent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/DownloadDocumentContent',
+            modeltraining_dot_v1_dot_model__service__pb2.DownloadDocumentContentRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

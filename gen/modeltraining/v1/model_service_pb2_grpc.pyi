@@ -81,14 +81,24 @@ class ModelServiceStub:
     which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
     answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
     """
+    ImportDocument: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ImportDocumentRequest, _document_pb2.Document]
+    """Adds a file that lies below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf) to a RAG model, as UploadDocument does; its URI is
+    the document's `source_uri`, so that importing it again replaces what has changed.
+    """
     AddDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]
     """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument."""
     ListDocuments: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListDocumentsRequest, _model_service_pb2.ListDocumentsResponse]
     """Lists documents of a RAG model, newest first."""
     GetDocument: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetDocumentRequest, _document_pb2.Document]
     """Reads a document. NOT_FOUND if there is none."""
+    DownloadDocumentText: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadDocumentTextRequest, _httpbody_pb2.HttpBody]
+    """Gives the text in which offsets of chunks and citations count, as text/plain in UTF-8. FAILED_PRECONDITION, reason DOCUMENT_NOT_READ,
+    while a file was not read yet.
+    """
+    DownloadDocumentContent: _grpc.UnaryStreamMultiCallable[_model_service_pb2.DownloadDocumentContentRequest, _httpbody_pb2.HttpBody]
+    """Gives a document as it was given: its file, byte by byte, or its text. NOT_FOUND for a file that could not be read: those are not kept."""
     DeleteDocument: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteDocumentRequest, _empty_pb2.Empty]
-    """Deletes a document with its chunks and vectors, at once."""
+    """Deletes a document with its chunks, vectors and file, at once."""
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListBaseModelsRequest, _model_service_pb2.ListBaseModelsResponse]
     """Lists the base models that the catalogue knows, in its order."""
     ListEmbeddingModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListEmbeddingModelsRequest, _model_service_pb2.ListEmbeddingModelsResponse]
@@ -141,14 +151,24 @@ class ModelServiceAsyncStub(ModelServiceStub):
     which is found as it was until the new content is searchable. The same file again (with the same source or title) changes nothing and is
     answered with the document that there is. RESOURCE_EXHAUSTED for a file above the server's MAX_DOCUMENT_BYTES.
     """
+    ImportDocument: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ImportDocumentRequest, _document_pb2.Document]  # type: ignore[assignment]
+    """Adds a file that lies below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf) to a RAG model, as UploadDocument does; its URI is
+    the document's `source_uri`, so that importing it again replaces what has changed.
+    """
     AddDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.AddDocumentsRequest, _model_service_pb2.AddDocumentsResponse]  # type: ignore[assignment]
     """Adds documents given as text to a RAG model, and the job that indexes them. Same sources and same texts are handled as by UploadDocument."""
     ListDocuments: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListDocumentsRequest, _model_service_pb2.ListDocumentsResponse]  # type: ignore[assignment]
     """Lists documents of a RAG model, newest first."""
     GetDocument: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetDocumentRequest, _document_pb2.Document]  # type: ignore[assignment]
     """Reads a document. NOT_FOUND if there is none."""
+    DownloadDocumentText: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadDocumentTextRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """Gives the text in which offsets of chunks and citations count, as text/plain in UTF-8. FAILED_PRECONDITION, reason DOCUMENT_NOT_READ,
+    while a file was not read yet.
+    """
+    DownloadDocumentContent: _aio.UnaryStreamMultiCallable[_model_service_pb2.DownloadDocumentContentRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """Gives a document as it was given: its file, byte by byte, or its text. NOT_FOUND for a file that could not be read: those are not kept."""
     DeleteDocument: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteDocumentRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a document with its chunks and vectors, at once."""
+    """Deletes a document with its chunks, vectors and file, at once."""
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListBaseModelsRequest, _model_service_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """Lists the base models that the catalogue knows, in its order."""
     ListEmbeddingModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListEmbeddingModelsRequest, _model_service_pb2.ListEmbeddingModelsResponse]  # type: ignore[assignment]
@@ -296,6 +316,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ImportDocument(
+        self,
+        request: _model_service_pb2.ImportDocumentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_document_pb2.Document, _abc.Awaitable[_document_pb2.Document]]:
+        """Adds a file that lies below one of the server's DATASET_IMPORT_ROOTS (file, s3, gs, hf) to a RAG model, as UploadDocument does; its URI is
+        the document's `source_uri`, so that importing it again replaces what has changed.
+        """
+
+    @_abc_1.abstractmethod
     def AddDocuments(
         self,
         request: _model_service_pb2.AddDocumentsRequest,
@@ -320,12 +350,30 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads a document. NOT_FOUND if there is none."""
 
     @_abc_1.abstractmethod
+    def DownloadDocumentText(
+        self,
+        request: _model_service_pb2.DownloadDocumentTextRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """Gives the text in which offsets of chunks and citations count, as text/plain in UTF-8. FAILED_PRECONDITION, reason DOCUMENT_NOT_READ,
+        while a file was not read yet.
+        """
+
+    @_abc_1.abstractmethod
+    def DownloadDocumentContent(
+        self,
+        request: _model_service_pb2.DownloadDocumentContentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """Gives a document as it was given: its file, byte by byte, or its text. NOT_FOUND for a file that could not be read: those are not kept."""
+
+    @_abc_1.abstractmethod
     def DeleteDocument(
         self,
         request: _model_service_pb2.DeleteDocumentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a document with its chunks and vectors, at once."""
+        """Deletes a document with its chunks, vectors and file, at once."""
 
     @_abc_1.abstractmethod
     def ListBaseModels(

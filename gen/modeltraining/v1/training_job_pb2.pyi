@@ -133,6 +133,7 @@ class TrainingJob(_message.Message):
         TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
         ETA_SECONDS_FIELD_NUMBER: _builtins.int
         LOSS_FIELD_NUMBER: _builtins.int
+        INDEXING_FIELD_NUMBER: _builtins.int
         step: _builtins.int
         """Optimiser steps done; of a RAG_INDEX job documents."""
         total_steps: _builtins.int
@@ -149,6 +150,10 @@ class TrainingJob(_message.Message):
         """Time left, seconds. Unset: not known yet."""
         loss: _builtins.float
         """Mean loss per trained token of the latest step, natural logarithm. Unset: none yet, or none by its kind."""
+        @_builtins.property
+        def indexing(self) -> Global___TrainingJob.Indexing:
+            """Of a RAG_INDEX job: how far its documents are. Unset: of another kind."""
+
         def __init__(
             self,
             *,
@@ -160,10 +165,11 @@ class TrainingJob(_message.Message):
             tokens_per_second: _builtins.float | None = ...,
             eta_seconds: _builtins.float | None = ...,
             loss: _builtins.float | None = ...,
+            indexing: Global___TrainingJob.Indexing | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "eta_seconds", b"eta_seconds", "loss", b"loss", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "eta_seconds", b"eta_seconds", "indexing", b"indexing", "loss", b"loss", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "fraction", b"fraction", "loss", b"loss", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "fraction", b"fraction", "indexing", b"indexing", "loss", b"loss", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
         _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
@@ -181,6 +187,42 @@ class TrainingJob(_message.Message):
         def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__total_steps) -> _WhichOneofReturnType__total_steps | None: ...
+
+    @_typing.final
+    class Indexing(_message.Message):
+        """How far the documents of a RAG_INDEX job are, all attempts together."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PARSED_DOCUMENTS_FIELD_NUMBER: _builtins.int
+        CHUNKED_CHUNKS_FIELD_NUMBER: _builtins.int
+        EMBEDDED_CHUNKS_FIELD_NUMBER: _builtins.int
+        REUSED_CHUNKS_FIELD_NUMBER: _builtins.int
+        COMMITTED_DOCUMENTS_FIELD_NUMBER: _builtins.int
+        parsed_documents: _builtins.int
+        """Documents that were read."""
+        chunked_chunks: _builtins.int
+        """Chunks that they were cut into."""
+        embedded_chunks: _builtins.int
+        """Chunks that have their vectors, computed or reused."""
+        reused_chunks: _builtins.int
+        """Of these, the chunks that the content before had too, whose vectors were reused."""
+        committed_documents: _builtins.int
+        """Documents that are searchable, or failed with their reason."""
+        def __init__(
+            self,
+            *,
+            parsed_documents: _builtins.int = ...,
+            chunked_chunks: _builtins.int = ...,
+            embedded_chunks: _builtins.int = ...,
+            reused_chunks: _builtins.int = ...,
+            committed_documents: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunked_chunks", b"chunked_chunks", "committed_documents", b"committed_documents", "embedded_chunks", b"embedded_chunks", "parsed_documents", b"parsed_documents", "reused_chunks", b"reused_chunks"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Best(_message.Message):

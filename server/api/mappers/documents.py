@@ -8,11 +8,21 @@ from modeltraining.v1 import document_pb2, model_service_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.documents import Document, DocumentState, NewDocument
+from server.domain.documents import Document, DocumentFormat, DocumentState, NewDocument
 from server.domain.errors import ErrorData
 from server.domain.retrieval import MetadataValue
-from server.services.requests import AddDocuments, ListDocuments, PageRequest, UploadDocument
+from server.services.requests import AddDocuments, ImportDocument, ListDocuments, PageRequest, UploadDocument
 from server.services.validation import Violations
+
+# Of what DownloadDocumentContent gives, by how it is written; None: a text.
+CONTENT_TYPES = {
+    None: "text/plain; charset=utf-8",
+    DocumentFormat.PDF: "application/pdf",
+    DocumentFormat.DOCX: "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    DocumentFormat.PPTX: "application/vnd.openxmlformats-officedocument.presentationml.presentation",
+}
+# Of files of text the encoding is not known, and HTML of strangers must not run where the api's pages may.
+OTHER_CONTENT_TYPE = "application/octet-stream"
 
 
 def document_to_proto(document: Document) -> document_pb2.Document:
@@ -56,6 +66,19 @@ def upload_document_from_proto(message: model_service_pb2.UploadDocumentRequest,
         title=message.title,
         source_uri=message.source_uri,
         metadata=metadata_from_json(message.metadata, found, "metadata") if message.metadata else None,
+        document_id=message.document_id,
+        request_id=message.request_id,
+        validate_only=message.validate_only,
+    )
+
+
+def import_document_from_proto(message: model_service_pb2.ImportDocumentRequest, found: Violations) -> ImportDocument:
+    """Read an import."""
+    return ImportDocument(
+        model_id=message.model_id,
+        uri=message.uri,
+        title=message.title,
+        metadata=metadata_from_proto(message.metadata, found, "metadata") if message.HasField("metadata") else None,
         document_id=message.document_id,
         request_id=message.request_id,
         validate_only=message.validate_only,

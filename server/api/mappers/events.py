@@ -6,13 +6,14 @@ from modeltraining.v1 import job_event_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.findings import finding_to_proto
-from server.api.mappers.jobs import job_to_proto, state_to_proto
+from server.api.mappers.jobs import counters_to_proto, job_to_proto, state_to_proto
 from server.api.mappers.values import time_to_proto
 from server.domain.errors import ErrorData
 from server.domain.events import (
     CheckpointSaved,
     DataChecked,
     Evaluated,
+    IndexAdvanced,
     IndexProgress,
     JobEvent,
     LoggedPayload,
@@ -75,6 +76,8 @@ def payload_to_proto(payload: LoggedPayload) -> Event:
             return Event(preparing=Event.Preparing(records=done, total_records=total, tokens=payload.tokens))
         case DataChecked():
             return Event(data_checked=_data_checked_to_proto(payload))
+        case IndexAdvanced():
+            return Event(indexing=counters_to_proto(payload.counters))
         case IndexProgress():
             return Event(document_indexed=_document_to_proto(payload))
 
@@ -150,4 +153,5 @@ def _document_to_proto(payload: IndexProgress) -> Event.DocumentIndexed:
         documents_total=payload.documents_total,
         chunk_count=payload.chunks,
         error=status_from_data(error) if error else None,
+        progress=counters_to_proto(payload.counters),
     )

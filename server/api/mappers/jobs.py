@@ -9,7 +9,7 @@ from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.fine_tuning import fine_tune_to_proto
 from server.api.mappers.retrieval import chunking_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState, Progress, Usage
+from server.domain.jobs import Attempt, Checkpoint, IndexCounters, Job, JobKind, JobState, Progress, Usage
 from server.domain.specs import ExportSpec, FineTuneSpec, Spec
 from server.services.ports import JobFilter
 from server.services.requests import ListJobs, PageRequest
@@ -60,6 +60,18 @@ def progress_to_proto(progress: Progress) -> training_job_pb2.TrainingJob.Progre
         tokens_per_second=progress.tokens_per_second or None,
         eta_seconds=progress.eta_seconds,
         loss=progress.loss,
+        indexing=counters_to_proto(progress.indexing) if progress.indexing else None,
+    )
+
+
+def counters_to_proto(counters: IndexCounters) -> training_job_pb2.TrainingJob.Indexing:
+    """Write how far the documents of an index job are."""
+    return TrainingJob.Indexing(
+        parsed_documents=counters.parsed_documents,
+        chunked_chunks=counters.chunked_chunks,
+        embedded_chunks=counters.embedded_chunks,
+        reused_chunks=counters.reused_chunks,
+        committed_documents=counters.committed_documents,
     )
 
 
