@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from server.domain.generation import ChatMessage, Role
 from server.domain.retrieval import MetadataValue
 from server.services.languages import Language, detect_language
+from server.services.markers import break_markers
 from server.services.prompt_templates import PromptSource, PromptTurn, PromptValues, render_template, uses_history
 
 # One message of the user, for the templates of some models know no system role. The English wording was chosen by trial on a model of
@@ -30,10 +31,6 @@ _CONTROL_TOKEN = re.compile(
     r"|<(?=</?[A-Z]{2,20}>>)"
     r"|\[(?=/?[A-Z][A-Z_]{1,30}\])"
     r"|>(?=>[A-Z]{2,20}<<)"
-)
-# A quoted "[2]" would read like one of our numbers, to the model as to the check of its citations.
-_MARKER = re.compile(
-    r"[\[【]\s*((?:sources?|passages?|المصدر|المصادر|المقطع|المقاطع)?\s*\d{1,4}(?:\s*[,،;؛–—-]\s*\d{1,4})*)\s*[\]】]", re.IGNORECASE
 )
 _FENCE = re.compile(r'"{3,}')
 
@@ -81,7 +78,7 @@ def count_fitting(token_counts: Sequence[int], max_tokens: int) -> int:
 
 def neutralise_source(text: str) -> str:
     """Take from retrieved text what the model could take for a turn, for the end of the source, or for the number of another."""
-    return _FENCE.sub("'''", _MARKER.sub(r"(\1)", neutralise_control_tokens(text)))
+    return _FENCE.sub("'''", break_markers(neutralise_control_tokens(text)))
 
 
 def neutralise_title(text: str) -> str:

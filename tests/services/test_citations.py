@@ -1,5 +1,7 @@
 """Citations: what is quoted stands in the document word for word and supports the sentence that cites it."""
 
+import time
+
 import pytest
 
 from server.domain.retrieval import Chunk, Citation, RetrievedChunk, Scores
@@ -105,3 +107,91 @@ def test_an_empty_answer_and_no_sources_give_no_citation() -> None:
     assert cite_answer("", SOURCES).citations == ()
     assert cite_answer("[1]", SOURCES).dropped_count == 1
     assert cite_answer("Visitors need a green card [1].", []).dropped_count == 1
+
+
+THREE = [*SOURCES, retrieved("card", "A green card is sold at the gate.")]
+
+
+@pytest.mark.parametrize(
+    ("marker", "sources", "dropped"),
+    [
+        ("[1]", [1], 0), ("[١]", [1], 0), ("[۱]", [1], 0), ("［１］", [1], 0), ("【1】", [1], 0), ("[^1]", [1], 0), ("[ 1 ]", [1], 0),
+        ("[Source 1]", [1], 0), ("[Passage 1]", [1], 0), ("[المصدر ١]", [1], 0), ("[المقطع 1]", [1], 0),
+        ("[1, 3]", [1, 3], 0), ("[1,3]", [1, 3], 0), ("[١، ٣]", [1, 3], 0), ("[١؛٣]", [1, 3], 0), ("[1 and 3]", [1, 3], 0),
+        ("[١ و ٣]", [1, 3], 0),
+        ("[1][3]", [1, 3], 0), ("[1] [3]", [1, 3], 0), ("[1, 1, 1]", [1], 0),
+        ("[1-3]", [1, 3], 1), ("[1–3]", [1, 3], 1), ("[١-٣]", [1, 3], 1), ("[1 to 3]", [1, 3], 1), ("[1-1]", [1], 0),
+        ("[1, 2]", [1], 1), ("[3-1]", [1, 3], 0), ("[1-9]", [1, 3], 2), ("[1-9999]", [1, 3], 2), ("[0-1]", [1], 1),
+        ("[1931-1945]", [], 2), ("[4]", [], 1), ("[0]", [], 1), ("[٤]", [], 1), ("[-1]", [], 0), ("[1.5]", [], 0), ("[12345]", [], 0),
+    ],
+)  # fmt: skip
+def test_every_way_to_write_markers_is_read(marker: str, sources: list[int], dropped: int) -> None:
+    checked = cite_answer(f"Visitors need a green card {marker}.", THREE)
+    if sources or dropped:  # else it is no marker, and the sentence is attributed to what holds it
+        assert sorted(citation.source for citation in checked.citations) == sources
+    assert checked.dropped_count == dropped
+
+
+@pytest.mark.parametrize(
+    ("quote", "stands"),
+    [
+        ('"founded in 1931 by Leila Haddad"', True), ("“founded in 1931 by Leila Haddad”", True), ("«founded in 1931»", True),
+        ("„founded in 1931 by Leila”", True), ("‘founded in 1931’", True), ("'founded in 1931'", True),
+        ('"Founded IN 1931, by Leila!"', True),
+        ('"The Qasr library … by Leila Haddad"', True), ('"by Leila Haddad. It holds forty thousand maps"', True),
+        ('"by Leila Haddad. It holds fifty thousand maps"', False), ('"The Qasr library ... by Leila Haddad."', True),
+        ('"The Qasr library [...] Leila Haddad."', True),
+        ('"founded in 1913 by Leila Haddad"', False), ("“founded in 1931 by Layla Haddad”", False), 
+        ("«it was founded by Leila in 1931»", False),
+        ("‘founded in 1931 by Haddad’", False), ('"The Qasr library … by Salim Haddad"', False), ('"ten thousand penguins"', False),
+    ],
+)  # fmt: skip
+def test_a_quote_must_stand_in_the_source_word_by_word(quote: str, stands: bool) -> None:
+    checked = cite_answer(f"The Qasr library was {quote}, says the founder Leila Haddad of 1931 [1].", SOURCES)
+    assert len(checked.citations) == int(stands), checked
+    assert checked.dropped_count == int(not stands)
+
+
+@pytest.mark.parametrize(
+    ("answer", "stands"),
+    [
+        ("يقول المصدر «بني سنة 1952 على يد المهندس سالم» [٢].", True),
+        ("يقول المصدر «بُنِيَ سَنَةَ ١٩٥٢ عَلَى يَدِ المُهَندِسِ سَالِم» [2].", True),
+        ("يقول المصدر “رسوم الرسو مئة دينار” [٢].", True),
+        ("يقول المصدر «رسوم الرسو مئتا دينار» [٢].", False),
+        ("يقول المصدر «بني سنة 1953 على يد المهندس سالم» [٢].", False),
+    ],
+)
+def test_arabic_quotes_are_compared_in_any_spelling(answer: str, stands: bool) -> None:
+    checked = cite_answer(answer, SOURCES)
+    assert [citation.source for citation in checked.citations] == [2] * stands
+    assert checked.dropped_count == int(not stands)
+
+
+def test_a_quote_of_another_source_than_the_named_one_is_dropped() -> None:
+    answer = 'The library says "A green card is sold at the gate" to visitors who need a green card {}.'
+    assert cite_answer(answer.format("[1]"), THREE).citations == ()
+    assert {citation.source for citation in cite_answer(answer.format("[1, 3]"), THREE).citations} == {1, 3}
+    assert {citation.source for citation in cite_answer(answer.format(""), THREE).citations} <= {1, 3}
+
+
+def test_a_made_up_quote_without_a_marker_is_not_attributed() -> None:
+    assert cite_answer('"The Qasr library was founded in 1931 by Salim Haddad".', SOURCES).citations == ()
+
+
+def test_a_name_in_quotation_marks_is_no_quote() -> None:
+    assert len(cite_answer('Visitors of the "library" need a "green card" [1].', SOURCES).citations) == 1
+
+
+@pytest.mark.parametrize("piece", ["[1", "[1, ", '"', "“", "«a ", "[Source ", "‘x ", "[1-", "…"])
+def test_odd_answers_cost_linear_time(piece: str) -> None:
+    started = time.monotonic()
+    cite_answer("Visitors need " + piece * 20_000, SOURCES)
+    assert time.monotonic() - started < 3.0
+
+
+def test_a_quote_s_own_full_stop_ends_its_sentence() -> None:
+    answer = 'It says "Visitors need a green card." [1] Penguins live there in the winter months of the year [2].'
+    checked = cite_answer(answer, SOURCES)
+    assert [citation.quote for citation in checked.citations] == ["Visitors need a green card."]
+    assert checked.dropped_count == 1

@@ -908,7 +908,7 @@ class StreamRagGenerateResponse(_message.Message):
 
     @_typing.final
     class Sources(_message.Message):
-        """What the answer will be written from. Always first."""
+        """What the answer will be written from. First, but for signs of life: a generator that is not loaded takes its time."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
