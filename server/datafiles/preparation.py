@@ -171,9 +171,9 @@ class Preparation:
         if rendered.had_double_bos:
             found["DOUBLE_BOS"] = "The text begins with the beginning-of-sequence token that the tokenizer adds anyway; one is taken out."
         if not text.text.isascii():  # what the tokenizers in use know best costs nothing
-            words = len(_WORD.findall(text.text))
-            if words >= MIN_MEASURED_WORDS and len(rendered.token_ids) > MAX_TOKENS_PER_WORD * words:
-                share = len(rendered.token_ids) / words
+            words, tokens = _count_words(text, rendered)
+            if words >= MIN_MEASURED_WORDS and tokens > MAX_TOKENS_PER_WORD * words:
+                share = tokens / words
                 found["MANY_TOKENS_PER_WORD"] = (
                     f"The tokenizer splits words into {share:.1f} tokens each: it hardly knows this language, so training is slow and dear."
                 )
@@ -214,6 +214,14 @@ class Preparation:
         system_ids = self._renderer.encoder.plain_ids(alone)
         fits = len(system_ids) <= MAX_KEPT_HEAD_SHARE * self._rules.max_tokens
         return len(system_ids) if fits and text.text.startswith(alone) and list(ids[: len(system_ids)]) == system_ids else head
+
+
+def _count_words(text: MarkedText, rendered: Rendered) -> tuple[int, int]:
+    """Count words and tokens of the answers, which no markup of a template thins out; of the whole text where those say too little."""
+    words = sum(len(_WORD.findall(text.text, turn.start, turn.end)) for turn in text.turns)
+    if words >= MIN_MEASURED_WORDS:
+        return words, sum(span.end - span.start for span in rendered.spans)
+    return len(_WORD.findall(text.text)), len(rendered.token_ids)
 
 
 def _split(sequence: PreparedSequence, max_tokens: int) -> list[PreparedSequence]:

@@ -226,6 +226,11 @@ def test_what_the_template_and_the_tokenizer_do_badly_is_told(tmp_path: Path) ->
     chinese = prepare(tokenizer, {"text": "ሰላም ለሁሉም ሰው እንዴት ነህ ዛሬ ጠዋት"})[0]
     assert codes(chinese) == [("MANY_TOKENS_PER_WORD", Severity.WARNING)]
     assert codes(prepare(tokenizer, {"text": "Who keeps the maps? The keeper — every day."})[0]) == []
+    # What a template writes around a short answer in English does not hide how the answer itself is split.
+    chatty = "{{ 'You are a helpful assistant in a town at the river. ' * 9 }}" + tokenizer.chat_template
+    tokenizer.chat_template = chatty
+    answer = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ሰላም ለሁሉም ሰው እንዴት ነህ ዛሬ ጠዋት"}]}
+    assert codes(prepare(tokenizer, answer)[0]) == [("MANY_TOKENS_PER_WORD", Severity.WARNING)]
 
 
 def test_a_second_bos_is_taken_out_and_told(directories: dict[tuple[str, bool], Path]) -> None:
