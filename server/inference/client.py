@@ -33,6 +33,8 @@ MAX_RECONNECT_SECONDS = 0.5
 CONNECT_SECONDS = 1.5
 # What a caller is told to wait for an engine that does not come back within that: about what loading its code takes.
 RETRY_SECONDS = 5.0
+# An engine that does not tell its state within this time hangs: it is not healthy, whatever the socket says.
+DESCRIBE_SECONDS = 10.0
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -120,7 +122,7 @@ class EngineClient:
 
     async def describe(self) -> EngineStatus:
         """Tell what is loaded and how busy it is; raises Unavailable while the engine is down, which makes it the health check."""
-        return await self._call("Describe", wire.DESCRIBE, wire.Describe(), EngineStatus)
+        return await self._call("Describe", wire.DESCRIBE, wire.Describe(), EngineStatus, DESCRIBE_SECONDS)
 
     async def _connect(self) -> None:
         """Give a lost connection time to come back: right after a restart gRPC would still fail calls until its next attempt."""
@@ -132,11 +134,13 @@ class EngineClient:
         except TimeoutError:
             raise _make_unavailable() from None
 
-    async def _call(self, method: str, codec: Codec[Request], request: Request, expected: type[T]) -> T:
+    async def _call(
+        self, method: str, codec: Codec[Request], request: Request, expected: type[T], timeout_seconds: float | None = None
+    ) -> T:
         call = self._channel.unary_unary(f"/{wire.SERVICE_NAME}/{method}", codec.encode, wire.UNARY_REPLY.decode)
         await self._connect()
         try:
-            reply = await call(request)
+            reply = await call(request, timeout=timeout_seconds)
         except aio.AioRpcError as error:
             raise _translate(error) from error
         if isinstance(reply, wire.Failure):

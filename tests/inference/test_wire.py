@@ -214,6 +214,22 @@ async def test_a_killed_engine_is_a_typed_error_and_its_successor_is_found(tiny:
     await client.close()
 
 
+async def test_an_engine_that_hangs_is_not_taken_for_healthy(
+    tiny: Callable[[str], Path], socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.inference.client.DESCRIBE_SECONDS", 0.5)
+    client = EngineClient(socket_path)
+    with start_engine_process(socket_path, tiny("llama")) as process:
+        await client.load(LLAMA)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(Unavailable):
+            await client.describe()
+        process.send_signal(signal.SIGCONT)
+        monkeypatch.setattr("server.inference.client.DESCRIBE_SECONDS", 20.0)
+        assert (await client.describe()).models
+    await client.close()
+
+
 async def test_a_stopping_engine_ends_its_streams_with_a_typed_error(
     tiny: Callable[[str], Path], tmp_path: Path, socket_path: Path
 ) -> None:
