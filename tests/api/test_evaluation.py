@@ -69,34 +69,36 @@ async def test_an_uploaded_dataset_of_queries_gives_what_the_inline_ones_do(rest
     assert read_bad_fields(inline) == ["inline_records[0]"]
 
 
-@pytest.mark.parametrize(
-    ("change", "fields"),
-    [
-        ({"queries": []}, ["queries"]),
-        ({"dataset_id": "ds_x"}, ["queries"]),
-        ({"queries": [{"query": "x"}]}, ["queries[0].relevant"]),
-        ({"queries": [{"query": "x", "relevant": [{"char_start": 1}]}]}, ["queries[0].relevant[0].document_id"]),
-        ({"queries": [{"query": "x", "relevant": [{"document_id": "doc_x", "char_start": 1}]}]}, ["queries[0].relevant[0].char_end"]),
-        ({"queries": [{"query": "x", "relevant": [{"document_id": "doc_x"}]}]}, ["queries[0].relevant[0].document_id"]),
-        ({"k_values": [0, 1001]}, ["k_values[0]", "k_values[1]"]),
-        ({"seed": -1, "timeout_seconds": 1e9}, ["seed", "timeout_seconds"]),
-        ({"timeout_seconds": "NaN"}, ["timeout_seconds"]),
-        ({"configurations": [{}] * 9}, ["configurations"]),
-        ({"configurations": [{"retrieval": {"top_k": 10**6}}]}, ["configurations[0].retrieval.top_k"]),
-        ({"configurations": [{"retrieval": {"similarity_threshold": 2}}]}, ["configurations[0].retrieval.similarity_threshold"]),
-        (
-            {"configurations": [{"retrieval": {**LEXICAL, "filter": {"conditions": [{"key": "nix", "equals": 1}]}}}]},
-            ["configurations[0].retrieval.filter.conditions[0].key"],
-        ),
-        ({"configurations": [{"retrieval": {"search_mode": 9, "top_k": -1}}]}, [
-            "configurations[0].retrieval.search_mode", "configurations[0].retrieval.top_k",
-        ]),
-    ],
-)  # fmt: skip
-async def test_bad_fields_are_named(rest: httpx.AsyncClient, database: PostgresDatabase, change: dict[str, Any], fields: list[str]) -> None:
-    refused = await rest.post("/rag/evaluate", json={**await make_body(database), **change})
-    assert refused.status_code == 400, refused.text
-    assert read_bad_fields(refused) == fields
+# One Envoy for all: it takes longer to start than all of them.
+CASES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"queries": []}, ["queries"]),
+    ({"dataset_id": "ds_x"}, ["queries"]),
+    ({"queries": [{"query": "x"}]}, ["queries[0].relevant"]),
+    ({"queries": [{"query": "x", "relevant": [{"char_start": 1}]}]}, ["queries[0].relevant[0].document_id"]),
+    ({"queries": [{"query": "x", "relevant": [{"document_id": "doc_x", "char_start": 1}]}]}, ["queries[0].relevant[0].char_end"]),
+    ({"queries": [{"query": "x", "relevant": [{"document_id": "doc_x"}]}]}, ["queries[0].relevant[0].document_id"]),
+    ({"k_values": [0, 1001]}, ["k_values[0]", "k_values[1]"]),
+    ({"seed": -1, "timeout_seconds": 1e9}, ["seed", "timeout_seconds"]),
+    ({"timeout_seconds": "NaN"}, ["timeout_seconds"]),
+    ({"configurations": [{}] * 9}, ["configurations"]),
+    ({"configurations": [{"retrieval": {"top_k": 10**6}}]}, ["configurations[0].retrieval.top_k"]),
+    ({"configurations": [{"retrieval": {"similarity_threshold": 2}}]}, ["configurations[0].retrieval.similarity_threshold"]),
+    (
+        {"configurations": [{"retrieval": {**LEXICAL, "filter": {"conditions": [{"key": "nix", "equals": 1}]}}}]},
+        ["configurations[0].retrieval.filter.conditions[0].key"],
+    ),
+    ({"configurations": [{"retrieval": {"search_mode": 9, "top_k": -1}}]}, [
+        "configurations[0].retrieval.search_mode", "configurations[0].retrieval.top_k",
+    ]),
+]  # fmt: skip
+
+
+async def test_bad_fields_are_named(rest: httpx.AsyncClient, database: PostgresDatabase) -> None:
+    body = await make_body(database)
+    for change, fields in CASES:
+        refused = await rest.post("/rag/evaluate", json={**body, **change})
+        assert refused.status_code == 400, (fields, refused.text)
+        assert read_bad_fields(refused) == fields
 
 
 async def test_no_engine_and_no_model_are_said(rest: httpx.AsyncClient, database: PostgresDatabase) -> None:
