@@ -166,12 +166,12 @@ def test_cancelling_frees_the_place_before_the_next_step(tiny: Callable[[str], P
 
 def test_whoever_waits_long_enough_comes_before_a_higher_priority(tiny: Callable[[str], Path]) -> None:
     batch = (model := load(tiny("llama"), BatchLimits(max_rows=1, max_waiting=4, cache_tokens=64))).batch
-    old, new, newest = (make_generation(model, [5, 6], 1) for _ in range(3))
-    old.priority, new.priority, newest.priority = Priority.LOW, Priority.HIGH, Priority.NORMAL
+    old, plain, high = (make_generation(model, [5, 6], 1) for _ in range(3))
+    old.priority, plain.priority, high.priority = Priority.LOW, Priority.NORMAL, Priority.HIGH
     old.queued_seconds -= 41
-    for generation in (newest, new, old):
+    for generation in (plain, high, old):
         batch.submit(generation)
-    assert [batch.step()[-1].generation for _ in range(3)] == [old, new, newest]
+    assert [batch.step()[-1].generation for _ in range(3)] == [old, high, plain]
 
 
 def test_the_cache_bound_makes_requests_wait_and_a_full_queue_refuses(tiny: Callable[[str], Path]) -> None:
