@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS
 from server.domain.cross_encoders import CROSS_ENCODERS
+from server.domain.embeddings import EmbeddingBackend
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,7 +121,15 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
     retrieval = Retrieval(database, engine)
     references = References(database, base_models)
     services = Services(
-        models=ModelService(database, files, engine, base_models, fine_tuning, RagModels(database, base_models), documents),
+        models=ModelService(
+            database,
+            files,
+            engine,
+            base_models,
+            fine_tuning,
+            RagModels(database, base_models, EmbeddingBackend(settings.embedding_backend)),
+            documents,
+        ),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
         versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),

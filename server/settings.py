@@ -176,6 +176,12 @@ class Settings:
         "",
         "Places (between spaces or commas) below which files may be imported: directories, s3://…, gs://…, hf://…; unset: none.",
     )
+    embedding_backend: str = _variable(
+        "EMBEDDING_BACKEND",
+        _word("FLOAT32", "BFLOAT16"),
+        "FLOAT32",
+        "In which numbers new RAG models embed: FLOAT32, or BFLOAT16 (half the memory; faster where the processor multiplies it).",
+    )
     max_concurrent_generations: int = _variable(
         "MAX_CONCURRENT_GENERATIONS", _integer(1, 1024), "16", "Generations that the engine computes together."
     )

@@ -2,6 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EmbeddingBackend(StrEnum):
+    """In which numbers an embedding model computes. BFLOAT16 is faster where the processor multiplies it, and half as large."""
+
+    FLOAT32 = "FLOAT32"
+    BFLOAT16 = "BFLOAT16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import ErrorData
 from server.domain.rag_indexes import RagIndex
 from server.domain.retrieval import FIRST_INDEX, Chunking, RetrievalSettings
@@ -45,6 +46,7 @@ class RagConfiguration:
     chunking: Chunking
     prompt_template: str
     index: RagIndex | None = None
+    embedding_backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
 
     @property
     def index_number(self) -> int:

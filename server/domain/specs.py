@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.retrieval import FIRST_INDEX, Chunking
 from server.domain.techniques import Technique
 
@@ -154,6 +155,7 @@ class IndexSpec:
     embedding_model: str
     chunking: Chunking = field(default_factory=Chunking)
     index_number: int = FIRST_INDEX
+    embedding_backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
     kind: Literal["rag_index"] = "rag_index"
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError, Unavailable, error_from_data
 from server.domain.generation import (
@@ -90,9 +90,11 @@ class EngineClient:
         """Give the model's context length in tokens."""
         return (await self._call("ReadContextTokens", wire.READ_CONTEXT_TOKENS, wire.ReadContextTokens(model), wire.ContextTokens)).tokens
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(
+        self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
+    ) -> Embeddings:
         """Embed to unit vectors, one per text."""
-        asked = wire.Embed(embedding_model, tuple(texts), role)
+        asked = wire.Embed(embedding_model, tuple(texts), role, backend)
         return wire.unpack_embeddings(await self._call("Embed", wire.EMBED, asked, wire.Vectors))
 
     async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Protocol, TypeVar
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.generation import EmbedRole
 
 T = TypeVar("T")
@@ -23,13 +23,13 @@ BULK_NICENESS = 10
 class Embedder(Protocol):
     """Embeds texts (rag/embedding.py, injected by app.py). Blocking; any thread may call it."""
 
-    def is_loaded(self, embedding_model: str) -> bool:
+    def is_loaded(self, embedding_model: str, backend: EmbeddingBackend) -> bool:
         """Tell whether the model is in memory."""
 
-    def load(self, embedding_model: str) -> object:
+    def load(self, embedding_model: str, backend: EmbeddingBackend) -> object:
         """Bring the model into memory. Raises ServiceError."""
 
-    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
         """Embed to unit vectors. Raises ServiceError."""
 
 
@@ -47,17 +47,21 @@ class EmbeddingLanes:
         for executor in (self._queries, self._bulk, self._loads):
             executor.shutdown(wait=False, cancel_futures=True)
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(
+        self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
+    ) -> Embeddings:
         """Embed to unit vectors, in the order of the texts. Cancelled, it ends after the slice that runs."""
-        if not self._embedder.is_loaded(embedding_model):
-            await _run(self._loads, partial(self._embedder.load, embedding_model))
+        if not self._embedder.is_loaded(embedding_model, backend):
+            await _run(self._loads, partial(self._embedder.load, embedding_model, backend))
         if role is EmbedRole.QUERY and len(texts) <= MAX_QUERIES_AT_ONCE:
-            return await _run(self._queries, partial(self._embedder.embed_texts, embedding_model, texts, role))
+            return await _run(self._queries, partial(self._embedder.embed_texts, embedding_model, texts, role, backend))
         parts = []
         places = _slice(texts)
         for part in places:
             parts.append(
-                await _run(self._bulk, partial(self._embedder.embed_texts, embedding_model, [texts[place] for place in part], role))
+                await _run(
+                    self._bulk, partial(self._embedder.embed_texts, embedding_model, [texts[place] for place in part], role, backend)
+                )
             )
         return _join(places, parts)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Protocol
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import FailedPrecondition
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
@@ -134,11 +134,13 @@ class EmbeddedEngine:
         """Drop a version's adapter, or weights that only it needs, and its pin. Running requests end undisturbed."""
         await self._residents.unload(model)
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(
+        self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
+    ) -> Embeddings:
         """Embed to unit vectors, one per text, through the injected embedder."""
         if self._embedding is None:
             raise FailedPrecondition("This engine embeds nothing.", reason="EMBEDDER_MISSING")
-        return await self._embedding.embed(embedding_model, texts, role)
+        return await self._embedding.embed(embedding_model, texts, role, backend)
 
     async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:
         """Score texts for a query through the injected reranker; None where the time, waiting and loading included, was not enough."""

@@ -58,7 +58,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
         return wire.ContextTokens(await engine.read_context_tokens(request.model))
 
     async def embed(request: wire.Embed) -> wire.UnaryReply:
-        return wire.pack_embeddings(await engine.embed(request.embedding_model, request.texts, request.role))
+        return wire.pack_embeddings(await engine.embed(request.embedding_model, request.texts, request.role, request.backend))
 
     async def rerank(request: wire.Rerank) -> wire.UnaryReply:
         return wire.RerankScores(await engine.rerank(request.model, request.query, request.texts, request.timeout_seconds))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.errors import ErrorData
 from server.domain.generation import Delta, EmbedRole, GenerationFinished, GenerationRequest, ModelReference, QuotedText, RenderedPrompt
@@ -49,6 +49,7 @@ class Embed:
     embedding_model: str
     texts: Sequence[str]
     role: EmbedRole
+    backend: EmbeddingBackend
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from server.domain.generation import EmbedRole
 from server.domain.jobs import FailureReason, IndexCounters, JobFailure
 from server.domain.orders import IndexOrder, StagedDocument
 from server.domain.retrieval import Chunk
+from server.domain.specs import IndexSpec
 from server.rag.chunking import resolve_chunk_tokens
 from server.rag.cutting import CutDocument, DocumentCutter
 from server.rag.embedding import Embedder, LoadedModel, Vectors
@@ -27,8 +28,6 @@ from server.rag.parsing.document import Limits
 from server.rag.passages import write_passages
 from server.services.codec import Codec
 
-# Chunks that are embedded together: enough to sort by length, little enough that progress and a cancel come within seconds.
-CHUNKS_PER_GROUP = 64
 # One event carries a whole document; the worker reads and commits it at once.
 MAX_EVENT_BYTES = 64 << 20
 _KIBIBYTE = 1024  # ru_maxrss counts these on Linux
@@ -74,7 +73,7 @@ def run_index(
 
     `fetch` gives the place of a stored file on this disk. A document whose event would be longer than `max_event_bytes` is refused.
     """
-    loaded = _load(embedder, order.spec.embedding_model)
+    loaded = _load(embedder, order.spec)
     emit(Started(total_steps=order.document_count))
     for warning in _find_warnings(order, loaded):
         emit(warning)
@@ -85,7 +84,7 @@ def run_index(
 
     bytes_per_vector = loaded.dimension * 2 * 4 // 3 + 256
     cutter = DocumentCutter(order.spec.chunking, loaded.tokenizer, fetch, limits or Limits(), bytes_per_vector, max_event_bytes)
-    for group in _group(_cut_documents(storage_root / order.documents_path, cutter, report)):
+    for group in _group(_cut_documents(storage_root / order.documents_path, cutter, report), loaded.texts_per_window):
         vectors = embed_chunks(loaded, [chunk for cut in group for chunk in cut.new_chunks], should_stop, report)
         if vectors is None:
             return
@@ -102,9 +101,9 @@ def run_index(
     emit(_make_result(tally))
 
 
-def _load(embedder: Embedder, embedding_model: str) -> LoadedModel:
+def _load(embedder: Embedder, spec: IndexSpec) -> LoadedModel:
     try:
-        return embedder.load(embedding_model)
+        return embedder.load(spec.embedding_model, spec.embedding_backend)
     except ServiceError as error:
         suggestion = "Choose another embedding model, or make this one available to the service."
         raise JobFailure(FailureReason.EMBEDDING_MODEL_UNAVAILABLE, str(error), suggestion) from error
@@ -130,12 +129,12 @@ def _cut_documents(path: Path, cutter: DocumentCutter, report: Callable[..., Non
             yield cut
 
 
-def _group(cuts: Iterator[CutDocument]) -> Iterator[list[CutDocument]]:
+def _group(cuts: Iterator[CutDocument], chunks_per_group: int) -> Iterator[list[CutDocument]]:
     """Put small documents together; one that was refused or is large ends its group."""
     group: list[CutDocument] = []
     for cut in cuts:
         group.append(cut)
-        if sum(len(one.new_chunks) for one in group) >= CHUNKS_PER_GROUP or cut.error:
+        if sum(len(one.new_chunks) for one in group) >= chunks_per_group or cut.error:
             yield group
             group = []
     if group:
@@ -151,10 +150,11 @@ def embed_chunks(
 ) -> Vectors | None:
     """Embed chunks in groups; None where the job was told to stop in between."""
     rows: list[Vectors] = [np.zeros((0, loaded.dimension), dtype=np.float32)]
-    for first in range(0, len(chunks), CHUNKS_PER_GROUP):
+    window = loaded.texts_per_window
+    for first in range(0, len(chunks), window):
         if should_stop():
             return None
-        passages = write_passages(chunks[first : first + CHUNKS_PER_GROUP], loaded.tokenizer)
+        passages = write_passages(chunks[first : first + window], loaded.tokenizer)
         rows.append(loaded.encode(passages, EmbedRole.PASSAGE))
         report(embedded_chunks=len(passages))
     return np.concatenate(rows)

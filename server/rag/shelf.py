@@ -14,7 +14,7 @@ import psutil
 from server.domain.errors import ResourceExhausted
 
 T = TypeVar("T")
-_BYTES_PER_NUMBER = 4  # held as float32
+FLOAT32_BYTES = 4
 
 
 class Shelf:
@@ -27,7 +27,9 @@ class Shelf:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
 
-    def take(self, kind: type[T], name: str, find: Callable[[], Path], load: Callable[[Path], T]) -> T:
+    def take(
+        self, kind: type[T], name: str, find: Callable[[], Path], load: Callable[[Path], T], bytes_per_number: int = FLOAT32_BYTES
+    ) -> T:
         """Give a model of a kind, loaded from the directory that `find` gives where it is not held.
 
         Raises ResourceExhausted where it needs more memory than there is, and what `find` and `load` raise.
@@ -39,7 +41,7 @@ class Shelf:
             if (held := self._find(key)) is not None:
                 return cast(T, held)
             directory = find()
-            size_bytes = measure_weights(directory)
+            size_bytes = measure_weights(directory, bytes_per_number)
             self._make_room(name, size_bytes)
             model = load(directory)
             with self._lock:
@@ -65,13 +67,13 @@ class Shelf:
                     self._held.popitem(last=False)
         room = min(self._max_bytes, psutil.virtual_memory().available)
         if size_bytes > room:
-            why = f"{name} takes {size_bytes >> 20:,} MiB of memory as float32, and there are {room >> 20:,} MiB for it."
+            why = f"{name} takes {size_bytes >> 20:,} MiB of memory, and there are {room >> 20:,} MiB for it."
             raise ResourceExhausted(why, reason="ENGINE_OUT_OF_MEMORY", metadata={"model": name})
 
 
-def measure_weights(directory: Path) -> int:
-    """Give the bytes that the weights below a directory take as float32, by the headers of its safetensors; 0 for none."""
-    return _BYTES_PER_NUMBER * sum(_count_numbers(path) for path in directory.rglob("*.safetensors"))
+def measure_weights(directory: Path, bytes_per_number: int = FLOAT32_BYTES) -> int:
+    """Give the bytes that the weights below a directory take in memory, by the headers of its safetensors; 0 for none."""
+    return bytes_per_number * sum(_count_numbers(path) for path in directory.rglob("*.safetensors"))
 
 
 def _count_numbers(path: Path) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from server.domain.catalogue import find_embedding_model
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.services.ports import Engine
 from server.services.requests import Embed
 from server.services.validation import MAX_MODEL_CHARACTERS, Violations
@@ -39,7 +39,7 @@ class Embedding:
         assert role is not None
         known = find_embedding_model(request.embedding_model)
         name = known.embedding_model_id if known else request.embedding_model
-        return Embedded(name, await self._engine.embed(name, request.texts, role))
+        return Embedded(name, await self._engine.embed(name, request.texts, role, request.backend or EmbeddingBackend.FLOAT32))
 
 
 def _check_texts(found: Violations, request: Embed) -> None:

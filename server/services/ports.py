@@ -11,7 +11,7 @@ from typing import Protocol
 
 from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
 from server.domain.documents import Document, DocumentFormat, DocumentState, NewDocument
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.engines import EngineStatus
 from server.domain.events import Evaluated, JobEvent, StepDone
 from server.domain.generation import EmbedRole, GenerationRequest, ModelReference, QuotedText, RenderedPrompt, TokenEvent
@@ -364,7 +364,9 @@ class Engine(Protocol):
     async def unload(self, model: ModelReference) -> None:
         """Drop a version's adapter, or weights that only it needs, and its pin. What runs ends undisturbed; the next use loads again."""
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(
+        self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
+    ) -> Embeddings:
         """Embed to unit vectors, one per text."""
 
     async def rerank(self, model: str, query: str, texts: Sequence[str], timeout_seconds: float) -> Sequence[float] | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import InvalidInput, NotFound
 from server.domain.findings import Finding, Severity
 from server.domain.ids import MODEL, new_id
@@ -28,9 +29,11 @@ DEFAULT_OVERLAP_TOKENS = 32
 class RagModels:
     """The use case CreateRagModel."""
 
-    def __init__(self, database: Database, base_models: BaseModels) -> None:
+    def __init__(self, database: Database, base_models: BaseModels, embedding_backend: EmbeddingBackend = EmbeddingBackend.FLOAT32) -> None:
+        """`embedding_backend` is that of models that name none."""
         self._database = database
         self._base_models = base_models
+        self._embedding_backend = embedding_backend
 
     async def create(self, organization: str, request: CreateRagModel) -> Created:
         """Store a RAG model with its first documents and the job that indexes them. Raises InvalidInput naming every bad field."""
@@ -50,7 +53,7 @@ class RagModels:
                 return Created(stored, await transaction.jobs.get(issued["job_id"]), find_warnings(embedding_model))
             base_model = await _find_generator_base(transaction, found, generator)
             found.raise_if_any()
-            model = _new_model(request, generator, base_model, embedding_model)
+            model = _new_model(request, generator, base_model, embedding_model, request.embedding_backend or self._embedding_backend)
             job = new_index_job(model)
             if request.validate_only:
                 return Created(replace(model, model_id=""), replace(job, job_id="", model_id=""), find_warnings(embedding_model))
@@ -137,7 +140,7 @@ async def _find_generator_base(transaction: Transaction, found: Violations, gene
     return model.base_model
 
 
-def _new_model(request: CreateRagModel, generator: str, base_model: str, embedding_model: str) -> Model:
+def _new_model(request: CreateRagModel, generator: str, base_model: str, embedding_model: str, backend: EmbeddingBackend) -> Model:
     now = datetime.now(UTC)
     overlap = request.overlap_tokens
     if overlap is None:
@@ -158,5 +161,6 @@ def _new_model(request: CreateRagModel, generator: str, base_model: str, embeddi
             retrieval=merge_retrieval(default_retrieval(embedding_model), request.retrieval),
             chunking=Chunking(request.max_chunk_tokens or 0, overlap),
             prompt_template=request.prompt_template,
+            embedding_backend=backend,
         ),
     )

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState, NewDocument
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.findings import Finding
 from server.domain.generation import ChatMessage, EmbedRole, GenerationParameters, HistoryPolicy, Priority
 from server.domain.jobs import Job
@@ -119,6 +120,7 @@ class CreateRagModel:
     generator_model_id: str
     embedding_model: str
     retrieval: RetrievalOverrides
+    embedding_backend: EmbeddingBackend | None = None
     max_chunk_tokens: int | None = None
     overlap_tokens: int | None = None
     description: str = ""
@@ -226,6 +228,7 @@ class Embed:
     embedding_model: str
     texts: Sequence[str]
     role: EmbedRole | None
+    backend: EmbeddingBackend | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ class Retrieval:
 
     async def embed_queries(self, rag: RagConfiguration, queries: Sequence[str]) -> Sequence[Sequence[float]]:
         """Embed queries as the model's index demands, to unit vectors."""
-        return (await self._engine.embed(rag.embedding_model, queries, EmbedRole.QUERY)).vectors
+        return (await self._engine.embed(rag.embedding_model, queries, EmbedRole.QUERY, rag.embedding_backend)).vectors
 
     async def search(
         self,

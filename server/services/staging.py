@@ -39,7 +39,9 @@ def new_index_job(model: Model) -> Job:
         kind=JobKind.RAG_INDEX,
         model_id=model.model_id,
         state=JobState.QUEUED,
-        spec=IndexSpec(model.rag.embedding_model, model.rag.chunking, model.rag.index_number),
+        spec=IndexSpec(
+            model.rag.embedding_model, model.rag.chunking, model.rag.index_number, embedding_backend=model.rag.embedding_backend
+        ),
         create_time=now,
         update_time=now,
     )

@@ -24,12 +24,26 @@ from modeltraining.v1 import (
     training_service_pb2,
 )
 
-from server.api.mappers import catalogue, datasets, documents, events, fine_tuning, generation, jobs, models, rag, retrieval, techniques
+from server.api.mappers import (
+    catalogue,
+    datasets,
+    documents,
+    embedding,
+    events,
+    fine_tuning,
+    generation,
+    jobs,
+    models,
+    rag,
+    retrieval,
+    techniques,
+)
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
 from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS, Pooling
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentState
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import ErrorData
 from server.domain.events import (
     CheckpointSaved,
@@ -84,6 +98,7 @@ ENUMS: Sequence[tuple[Any, str, type[StrEnum]]] = [
     (Parameters.LossOn, "LOSS_ON", LossOn),
     (inference_service_pb2.GenerateResponse.FinishReason, "FINISH_REASON", FinishReason),
     (embedding_model_pb2.EmbeddingModel.Pooling, "POOLING", Pooling),
+    (embedding_model_pb2.EmbeddingModel.Backend, "BACKEND", EmbeddingBackend),
 ]
 
 
@@ -181,6 +196,19 @@ def test_reranking_is_read_written_whole_and_turned_off_by_an_empty_model() -> N
     none = retrieval_pb2.RetrievalConfig.Rerank(model="m", candidates=0)
     retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(rerank=none), found)
     assert named(found) == ["retrieval.rerank.candidates"]
+
+
+def test_in_which_numbers_a_model_embeds_is_read_and_shown_everywhere() -> None:
+    found = Violations()
+    number, backend = embedding_model_pb2.EmbeddingModel.BACKEND_BFLOAT16, EmbeddingBackend.BFLOAT16
+    create = model_service_pb2.CreateRagModelRequest(embedding_backend=number)
+    assert models.create_rag_from_proto(create, found).embedding_backend is backend
+    assert models.create_rag_from_proto(model_service_pb2.CreateRagModelRequest(), found).embedding_backend is None
+    assert embedding.embed_from_proto(inference_service_pb2.EmbedRequest(backend=number), found).backend is backend
+    assert RAG_MODEL.rag is not None
+    assert models.rag_to_proto(replace(RAG_MODEL.rag, embedding_backend=backend), 0, 0).embedding_backend == number
+    assert jobs.spec_to_proto(replace(INDEX, embedding_backend=backend)).rag_index.embedding_backend == number
+    assert named(found) == []
 
 
 def test_what_became_of_a_reranking_goes_with_every_answer() -> None:
@@ -366,9 +394,9 @@ def test_the_whole_catalogue_can_be_written() -> None:
     for base in BASE_MODELS:
         assert catalogue.base_model_to_proto(base, is_present=True).availability_reason == ""
         assert catalogue.base_model_to_proto(base, is_present=False).availability_reason
-    for embedding in EMBEDDING_MODELS:
-        written = catalogue.embedding_model_to_proto(embedding, is_present=False)
-        assert (written.availability == catalogue.Availability.AVAILABILITY_UNAVAILABLE) is bool(embedding.refusal)
+    for model in EMBEDDING_MODELS:
+        written = catalogue.embedding_model_to_proto(model, is_present=False)
+        assert (written.availability == catalogue.Availability.AVAILABILITY_UNAVAILABLE) is bool(model.refusal)
 
 
 def test_an_upload_is_described_by_its_first_message() -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.generation import EmbedRole
 from server.inference.embedding import BULK_NICENESS, MAX_QUERIES_AT_ONCE, SLICE_CHARACTERS, EmbeddingLanes
 
@@ -23,17 +23,17 @@ class Held:
         self.niceness: dict[EmbedRole, int] = {}
         self._loaded: set[str] = set()
 
-    def is_loaded(self, embedding_model: str) -> bool:
+    def is_loaded(self, embedding_model: str, backend: EmbeddingBackend) -> bool:
         """Tell whether `load` was there."""
         return embedding_model in self._loaded
 
-    def load(self, embedding_model: str) -> None:
+    def load(self, embedding_model: str, backend: EmbeddingBackend) -> None:
         """Take a model in."""
         if embedding_model == "slow":
             assert self.gate.wait(10)
         self._loaded.add(embedding_model)
 
-    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
         """Give [length, letter] for each text."""
         self.embedded.append(texts)
         self.niceness[role] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

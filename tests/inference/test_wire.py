@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.errors import InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.generation import EmbedRole, FinishReason, ModelReference, TokenLogprob
 from server.inference.batching import BatchLimits
@@ -111,14 +111,15 @@ async def test_typed_errors_are_raised_again_as_what_they_were(served: Served) -
 
 async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Path], tmp_path: Path, socket_path: Path) -> None:
     class Lengths:
-        def is_loaded(self, embedding_model: str) -> bool:
+        def is_loaded(self, embedding_model: str, backend: EmbeddingBackend) -> bool:
             return False
 
-        def load(self, embedding_model: str) -> None:
+        def load(self, embedding_model: str, backend: EmbeddingBackend) -> None:
             if embedding_model != "lengths":
                 raise NotFound.of("embedding model", embedding_model)
 
-        def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+        def embed_texts(self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
+            assert backend is EmbeddingBackend.BFLOAT16
             vectors = [[len(text) / 3, 1.0 if role is EmbedRole.QUERY else 2.0] for text in texts]
             return Embeddings(vectors, 2, [len(text) for text in texts], 7)
 
@@ -131,7 +132,7 @@ async def test_vectors_come_from_the_injected_embedder(tiny: Callable[[str], Pat
     )
     served = Served(engine, socket_path)
     await served.ready.wait()
-    given = await served.client.embed("lengths", ["a", "bcd"], EmbedRole.QUERY)
+    given = await served.client.embed("lengths", ["a", "bcd"], EmbedRole.QUERY, EmbeddingBackend.BFLOAT16)
     assert [list(vector) for vector in given.vectors] == [[pytest.approx(1 / 3, abs=1e-7), 1.0], [1.0, 1.0]]
     assert (given.dimension, given.token_counts, given.max_tokens) == (2, [1, 3], 7)
     with pytest.raises(NotFound):

@@ -3,7 +3,7 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from transformers import AutoTokenizer
 
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import FailedPrecondition, ResourceExhausted
 from server.domain.generation import EmbedRole
-from server.rag.embedding import Embedder, Vectors
+from server.rag.embedding import Embedder, LoadedModel, Vectors
 from server.rag.shelf import Shelf, measure_weights
 from tests.rag.conftest import MINILM
 from tests.rag.tiny_encoders import build_tiny_xlm_roberta, write_modules
@@ -191,9 +192,50 @@ def test_tokens_are_counted_whole_and_what_is_beyond_the_length_is_cut_as_the_li
     assert loaded.encode_counted(texts, EmbedRole.PASSAGE)[1] == counts
 
 
+def test_sixteen_bits_give_nearly_the_vectors_of_32_and_the_same_ranking_and_both_are_held_apart(minilm: Embedder) -> None:
+    passages, queries = read_paragraphs(), ["How do I send a parcel?", "What may wheelchairs do?", "When is the market open?"]
+    half = minilm.load(MINILM, EmbeddingBackend.BFLOAT16)
+    assert half is not minilm.load(MINILM)
+    assert half is minilm.load("all-MiniLM-L6-v2", EmbeddingBackend.BFLOAT16)
+    rough, asked = half.encode(passages, EmbedRole.PASSAGE), half.encode(queries, EmbedRole.QUERY)
+    exact = minilm.embed(MINILM, passages, EmbedRole.PASSAGE)
+    assert 0.999 < (rough * exact).sum(axis=1).min() < 0.99999
+    assert rough.dtype == np.float32
+    assert np.abs(np.linalg.norm(rough, axis=1) - 1).max() < 1e-5
+    expected = minilm.embed(MINILM, queries, EmbedRole.QUERY) @ exact.T
+    assert ((asked @ rough.T).argmax(axis=1) == expected.argmax(axis=1)).all()
+    given = minilm.embed_texts(MINILM, passages, EmbedRole.PASSAGE, EmbeddingBackend.BFLOAT16)
+    assert np.abs(np.array(given.vectors) - rough).max() < 1e-6
+
+
+def test_a_library_run_model_computes_in_sixteen_bits_too(tmp_path: Path) -> None:
+    directory = build_tiny_xlm_roberta(tmp_path)
+    write_modules(directory, ["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
+    embedder = Embedder({"x": directory}.__getitem__)
+    exact, rough = (embedder.embed_texts("x", TEXTS, EmbedRole.QUERY, backend).vectors for backend in EmbeddingBackend)
+    assert 1e-6 < np.abs(np.array(exact) - np.array(rough)).max() < 0.05
+
+
+def test_a_large_model_embeds_fewer_texts_together(minilm: Embedder) -> None:
+    loaded = minilm.load(MINILM)
+    assert loaded.texts_per_window == 256
+    assert LoadedModel(loaded.profile, loaded.tokenizer, Weighing(303_000_000), 8).texts_per_window == 16
+
+
+class Weighing:
+    """An encoder of so many weights that encodes nothing."""
+
+    def __init__(self, weight_count: int) -> None:
+        self.weight_count = weight_count
+
+    def encode_counted(self, texts: Sequence[str], role: EmbedRole) -> tuple[Vectors, list[int]]:
+        """Give nothing."""
+        raise NotImplementedError
+
+
 def test_a_model_beyond_the_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     directory = build_tiny_xlm_roberta(tmp_path)
-    with pytest.raises(ResourceExhausted, match=r"m takes 0 MiB of memory as float32"):
+    with pytest.raises(ResourceExhausted, match=r"m FLOAT32 takes 0 MiB of memory"):
         Embedder({"m": directory}.__getitem__, Shelf(measure_weights(directory) - 1)).embed("m", ["x"], EmbedRole.QUERY)
 
 

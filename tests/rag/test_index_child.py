@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import NotFound
 from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
 from server.domain.generation import EmbedRole
@@ -37,11 +38,12 @@ def run(
     chunking: Chunking = CHUNKING,
     should_stop: Callable[[], bool] = never,
     max_event_bytes: int = MAX_EVENT_BYTES,
+    backend: EmbeddingBackend = EmbeddingBackend.FLOAT32,
 ) -> list[ChildEvent]:
     """Index texts named doc_0, doc_1, … and give the events as the worker would read them."""
     lines = [DOCUMENTS.encode(StagedDocument(f"doc_{place}", f"Title {place}", text)) for place, text in enumerate(texts)]
     (root / "documents.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    order = IndexOrder("job_1", 1, IndexSpec(model, chunking), "documents.jsonl", len(texts))
+    order = IndexOrder("job_1", 1, IndexSpec(model, chunking, embedding_backend=backend), "documents.jsonl", len(texts))
     events: list[ChildEvent] = []
     run_index(order, root, embedder, events.append, should_stop, fetch=root.joinpath, max_event_bytes=max_event_bytes)
     return [CHILD_EVENT.decode(CHILD_EVENT.encode(event)) for event in events]
@@ -97,6 +99,13 @@ def test_a_document_too_long_for_one_event_is_refused_with_advice(tmp_path: Path
     assert indexed[1].error == ""
 
 
+def test_a_job_embeds_in_the_numbers_of_its_index(tmp_path: Path, minilm: Embedder) -> None:
+    (event,) = documents_of(run(tmp_path, ["The maps lie in a blue house."], minilm, backend=EmbeddingBackend.BFLOAT16))
+    expected = minilm.load(MINILM, EmbeddingBackend.BFLOAT16).encode(["The maps lie in a blue house."], EmbedRole.PASSAGE)
+    assert np.abs(read_vectors(event) - expected).max() < 1e-4
+    assert np.abs(read_vectors(event) - minilm.embed(MINILM, ["The maps lie in a blue house."], EmbedRole.PASSAGE)).max() > 2e-4
+
+
 def test_a_job_without_one_good_document_fails(tmp_path: Path, minilm: Embedder) -> None:
     with pytest.raises(JobFailure) as failed:
         run(tmp_path, ["", "\n"], minilm)
@@ -107,9 +116,11 @@ def test_a_job_without_documents_is_done_at_once(tmp_path: Path, minilm: Embedde
     assert [event.kind for event in run(tmp_path, [], minilm)] == ["started", "finalizing", "result_ready"]
 
 
-def test_a_cancel_stops_between_documents_and_gives_no_result(tmp_path: Path, minilm: Embedder) -> None:
+def test_a_cancel_stops_between_windows_and_gives_no_result(tmp_path: Path) -> None:
     answers = iter([False, False, True])
-    events = run(tmp_path, ["One. " * 400, "Two. " * 2_000, "Three."], minilm, should_stop=lambda: next(answers, True))
+    embedder = Embedder({"/tiny": build_tiny_xlm_roberta(tmp_path / "tiny")}.__getitem__)
+    texts = ["One. " * 2_000, "Two. " * 4_000, "Three."]
+    events = run(tmp_path, texts, embedder, "/tiny", should_stop=lambda: next(answers, True))
     assert not any(isinstance(event, Finalizing | ResultReady) for event in events)
     assert len(documents_of(events)) < 3
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from server.domain.documents import NewDocument
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import AlreadyExists, FailedPrecondition, InvalidInput, NotFound
 from server.domain.jobs import JobState
 from server.domain.models import ModelState
@@ -69,6 +70,18 @@ async def test_a_bad_inline_record_is_named_by_its_place(use_cases: UseCases) ->
     with pytest.raises(InvalidInput) as refusal:
         await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(inline_records=[GOOD_LINE, b'{"messages": []}']))
     assert fields_of(refusal.value) == ["inline_records[1]"]
+
+
+async def test_a_rag_model_embeds_in_the_numbers_that_it_was_made_with(use_cases: UseCases) -> None:
+    plain = await use_cases.models.create_rag_model(ORGANIZATION, rag())
+    half = await use_cases.models.create_rag_model(ORGANIZATION, rag(embedding_backend=EmbeddingBackend.BFLOAT16))
+    backends = []
+    for made in (plain, half):
+        assert made.model.rag is not None
+        assert made.job is not None
+        assert isinstance(made.job.spec, IndexSpec)
+        backends += [(made.model.rag.embedding_backend, made.job.spec.embedding_backend)]
+    assert backends == [(EmbeddingBackend.FLOAT32,) * 2, (EmbeddingBackend.BFLOAT16,) * 2]
 
 
 @pytest.mark.parametrize(

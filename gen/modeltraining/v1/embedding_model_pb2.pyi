@@ -49,6 +49,29 @@ class EmbeddingModel(_message.Message):
     POOLING_MEAN: EmbeddingModel.Pooling.ValueType  # 2
     """The mean over all tokens that are not padding."""
 
+    class _Backend:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _BackendEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[EmbeddingModel._Backend.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        BACKEND_UNSPECIFIED: EmbeddingModel._Backend.ValueType  # 0
+        """The default of the place where it stands."""
+        BACKEND_FLOAT32: EmbeddingModel._Backend.ValueType  # 1
+        """32 bits: the model as it was trained."""
+        BACKEND_BFLOAT16: EmbeddingModel._Backend.ValueType  # 2
+        """16 bits with the range of 32: half the memory, and faster on processors that multiply it (AVX512-BF16, AMX), slower on others."""
+
+    class Backend(_Backend, metaclass=_BackendEnumTypeWrapper):
+        """In which numbers a model computes. Vectors of one are not compared with those of another."""
+
+    BACKEND_UNSPECIFIED: EmbeddingModel.Backend.ValueType  # 0
+    """The default of the place where it stands."""
+    BACKEND_FLOAT32: EmbeddingModel.Backend.ValueType  # 1
+    """32 bits: the model as it was trained."""
+    BACKEND_BFLOAT16: EmbeddingModel.Backend.ValueType  # 2
+    """16 bits with the range of 32: half the memory, and faster on processors that multiply it (AVX512-BF16, AMX), slower on others."""
+
     EMBEDDING_MODEL_ID_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int

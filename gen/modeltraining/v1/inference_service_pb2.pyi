@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
 from modeltraining.v1 import evaluation_pb2 as _evaluation_pb2
 from modeltraining.v1 import generation_pb2 as _generation_pb2
 from modeltraining.v1 import message_pb2 as _message_pb2
@@ -1265,10 +1266,13 @@ class EmbedRequest(_message.Message):
     EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     embedding_model: _builtins.str
     """Embedding model by hub name, alias or path. Required."""
     role: Global___EmbedRequest.Role.ValueType
     """What they are. Required."""
+    backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType
+    """In which numbers the model computes. Default BACKEND_FLOAT32."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The texts, 1 to 256, each of 1 to 100,000 characters, together at most 1,000,000."""
@@ -1279,10 +1283,11 @@ class EmbedRequest(_message.Message):
         embedding_model: _builtins.str = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         role: Global___EmbedRequest.Role.ValueType = ...,
+        backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_model", b"embedding_model", "role", b"role", "texts", b"texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "embedding_model", b"embedding_model", "role", b"role", "texts", b"texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

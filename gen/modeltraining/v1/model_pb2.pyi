@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
 import builtins as _builtins
 import sys
@@ -131,6 +132,7 @@ class Model(_message.Message):
         PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
         DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
         CHUNK_COUNT_FIELD_NUMBER: _builtins.int
+        EMBEDDING_BACKEND_FIELD_NUMBER: _builtins.int
         generator_model_id: _builtins.str
         """Model that writes the answers: a base model or a fine-tuned model."""
         embedding_model: _builtins.str
@@ -143,6 +145,8 @@ class Model(_message.Message):
         """Documents, whatever their state."""
         chunk_count: _builtins.int
         """Chunks that can be found."""
+        embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType
+        """In which numbers it embeds. Never changes."""
         @_builtins.property
         def retrieval(self) -> _retrieval_pb2.RetrievalConfig:
             """How chunks are found when a request says nothing else, every value filled in."""
@@ -162,10 +166,11 @@ class Model(_message.Message):
             prompt_template: _builtins.str = ...,
             document_count: _builtins.int = ...,
             chunk_count: _builtins.int = ...,
+            embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunking", b"chunking", "embedding_dimension", b"embedding_dimension", "retrieval", b"retrieval"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunk_count", b"chunk_count", "chunking", b"chunking", "document_count", b"document_count", "embedding_dimension", b"embedding_dimension", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunk_count", b"chunk_count", "chunking", b"chunking", "document_count", b"document_count", "embedding_backend", b"embedding_backend", "embedding_dimension", b"embedding_dimension", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
         _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015

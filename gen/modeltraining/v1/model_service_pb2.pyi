@@ -444,6 +444,7 @@ class CreateRagModelRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    EMBEDDING_BACKEND_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Name for people, 1 to 200 characters. Required."""
     description: _builtins.str
@@ -465,6 +466,8 @@ class CreateRagModelRequest(_message.Message):
     """
     validate_only: _builtins.bool
     """True: run every check, create nothing; the answer shows what would be created, without ids. Default false."""
+    embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType
+    """In which numbers it embeds. Default: EMBEDDING_BACKEND."""
     @_builtins.property
     def retrieval(self) -> _retrieval_pb2.RetrievalConfig:
         """How chunks are found. Unset: the defaults of RetrievalConfig."""
@@ -495,10 +498,11 @@ class CreateRagModelRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "retrieval", b"retrieval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "description", b"description", "display_name", b"display_name", "documents", b"documents", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "labels", b"labels", "prompt_template", b"prompt_template", "request_id", b"request_id", "retrieval", b"retrieval", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "description", b"description", "display_name", b"display_name", "documents", b"documents", "embedding_backend", b"embedding_backend", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "labels", b"labels", "prompt_template", b"prompt_template", "request_id", b"request_id", "retrieval", b"retrieval", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
 from modeltraining.v1 import estimate_pb2 as _estimate_pb2
 from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
 from modeltraining.v1 import model_version_pb2 as _model_version_pb2
@@ -299,8 +300,11 @@ class TrainingJob(_message.Message):
 
         EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
         CHUNKING_FIELD_NUMBER: _builtins.int
+        EMBEDDING_BACKEND_FIELD_NUMBER: _builtins.int
         embedding_model: _builtins.str
         """Model that embeds."""
+        embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType
+        """In which numbers it embeds."""
         @_builtins.property
         def chunking(self) -> _retrieval_pb2.ChunkingConfig:
             """How documents are cut, every value filled in."""
@@ -310,10 +314,11 @@ class TrainingJob(_message.Message):
             *,
             embedding_model: _builtins.str = ...,
             chunking: _retrieval_pb2.ChunkingConfig | None = ...,
+            embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "embedding_model", b"embedding_model"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "embedding_backend", b"embedding_backend", "embedding_model", b"embedding_model"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,18 +1,31 @@
 """Texts and their vectors."""
 
-from modeltraining.v1 import inference_service_pb2
+from modeltraining.v1 import embedding_model_pb2, inference_service_pb2
 
-from server.api.mappers.values import enum_from_proto
+from server.api.mappers.values import enum_from_proto, enum_to_proto
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.generation import EmbedRole
 from server.services.embedding import Embedded
 from server.services.requests import Embed
 from server.services.validation import Violations
 
+Backend = embedding_model_pb2.EmbeddingModel.Backend
+
 
 def embed_from_proto(message: inference_service_pb2.EmbedRequest, found: Violations) -> Embed:
     """Read texts to embed."""
     role = enum_from_proto(inference_service_pb2.EmbedRequest.Role, "ROLE", message.role, EmbedRole, found, "role")
-    return Embed(message.embedding_model, tuple(message.texts), role)
+    return Embed(message.embedding_model, tuple(message.texts), role, backend_from_proto(message.backend, found, "backend"))
+
+
+def backend_from_proto(number: Backend.ValueType, found: Violations, field: str) -> EmbeddingBackend | None:
+    """Read in which numbers a model computes; None: the default."""
+    return enum_from_proto(Backend, "BACKEND", number, EmbeddingBackend, found, field)
+
+
+def backend_to_proto(backend: EmbeddingBackend) -> Backend.ValueType:
+    """Write in which numbers a model computes."""
+    return enum_to_proto(Backend, "BACKEND", backend)
 
 
 def embedded_to_proto(embedded: Embedded) -> inference_service_pb2.EmbedResponse:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from modeltraining.v1 import model_version_pb2, training_job_pb2, training_service_pb2
 
 from server.api.errors import status_from_data
+from server.api.mappers.embedding import backend_to_proto
 from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.fine_tuning import fine_tune_to_proto
 from server.api.mappers.retrieval import chunking_to_proto
@@ -94,7 +95,11 @@ def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
         form = enum_to_proto(model_version_pb2.ModelVersion.ExportFormat, "EXPORT_FORMAT", spec.format)
         return TrainingJob.EffectiveConfig(export=TrainingJob.ExportConfig(version=spec.version, format=form))
     return TrainingJob.EffectiveConfig(
-        rag_index=TrainingJob.RagIndexConfig(embedding_model=spec.embedding_model, chunking=chunking_to_proto(spec.chunking))
+        rag_index=TrainingJob.RagIndexConfig(
+            embedding_model=spec.embedding_model,
+            chunking=chunking_to_proto(spec.chunking),
+            embedding_backend=backend_to_proto(spec.embedding_backend),
+        )
     )
 
 

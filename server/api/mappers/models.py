@@ -6,6 +6,7 @@ from modeltraining.v1 import message_pb2, model_pb2, model_service_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.documents import new_document_from_proto
+from server.api.mappers.embedding import backend_from_proto, backend_to_proto
 from server.api.mappers.findings import finding_to_proto
 from server.api.mappers.fine_tuning import parameters_from_proto, version_from_proto
 from server.api.mappers.jobs import job_to_proto
@@ -49,6 +50,7 @@ def rag_to_proto(rag: RagConfiguration, document_count: int, chunk_count: int) -
         prompt_template=rag.prompt_template,
         document_count=document_count,
         chunk_count=chunk_count,
+        embedding_backend=backend_to_proto(rag.embedding_backend),
     )
 
 
@@ -124,6 +126,7 @@ def create_rag_from_proto(message: model_service_pb2.CreateRagModelRequest, foun
         overlap_tokens=chunking.overlap_tokens if chunking.HasField("overlap_tokens") else None,
         documents=[new_document_from_proto(item, found, f"documents[{place}]") for place, item in enumerate(message.documents)],
         prompt_template=message.prompt_template,
+        embedding_backend=backend_from_proto(message.embedding_backend, found, "embedding_backend"),
         labels=dict(message.labels),
         request_id=message.request_id,
         validate_only=message.validate_only,
