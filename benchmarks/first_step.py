@@ -74,7 +74,10 @@ def train_one_step(client: httpx.Client, base_model: str, dataset_id: str) -> li
         assert job["state"] not in ("STATE_FAILED", "STATE_CANCELLED"), job
         assert time.monotonic() < deadline, "no step in time"
         time.sleep(POLL_SECONDS)
-    client.delete(f"/models/{created['model']['model_id']}")
+    client.post(f"/training-jobs/{job_id}/cancel", json={})
+    while not client.get(f"/training-jobs/{job_id}").raise_for_status().json().get("end_time"):
+        time.sleep(POLL_SECONDS)  # the next job would wait for this one
+    client.delete(f"/models/{created['model']['model_id']}").raise_for_status()
     return [creating, *measure_phases(events)]
 
 
@@ -98,13 +101,13 @@ def measure_phases(events: Sequence[dict[str, Any]]) -> list[Phase]:
         return found[0]
 
     checked = next(event["payload"] for event in events if event["kind"] == "data_checked")
-    tokens = f"records to {checked['tokens'] / 1e6:.1f} million tokens{' (cached)' if checked['cached'] else ''}, model loads beside"
+    tokens = f"records to {checked['tokens'] / 1e6:.1f} million tokens{' (cached)' if checked['cached'] else ''}"
     reading = at("preparing") if any(event["kind"] == "preparing" for event in events) else at("data_checked")
     marks = {
         "queue": (at("state_changed", "STATE_QUEUED"), at("state_changed", "STATE_STARTING")),
         "start of the process and its libraries": (at("state_changed", "STATE_STARTING"), reading),
         tokens: (reading, at("data_checked")),
-        "technique, and the longest batch tried": (at("data_checked"), at("started")),
+        "the rest of the model's load, technique, the longest batch tried": (at("data_checked"), at("started")),
         "first step": (at("started"), at("step")),
     }
     return [Phase(name, (end - begin).total_seconds()) for name, (begin, end) in marks.items()]
