@@ -28,6 +28,8 @@ CONNECTION_OPTIONS = (
     f" -c idle_in_transaction_session_timeout={IDLE_TRANSACTION_TIMEOUT_SECONDS}s"
     # No statement of ours runs so long that compiling it would pay, and a search takes less time than that.
     " -c jit=off"
+    # Keys that a search looks up come once each: remembering what was found under them copies vectors for nothing.
+    " -c enable_memoize=off"
     # Scans of HNSW indexes. Set as a connection begins (pgvector takes them over when it is loaded) they cost a search no round trip.
     # Candidates that are kept while the nearest are looked for: the more, the fewer are missed; pgvector's 40 misses 5 % and more.
     " -c hnsw.ef_search=200"

@@ -137,10 +137,11 @@ def _write_dense(shape: Shape) -> str:
         # The table holds this index alone. Any other condition or order would keep the planner from its HNSW index.
         search = f"{chosen} {shape.vectors} ORDER BY {shape.distance} LIMIT {shape.depth}"
     else:
-        # Few documents: their chunks, found by key, are compared exactly. Many: the index is scanned on until enough of them came.
+        # Few documents: their chunks, found by key, are compared exactly; by score, since an order by distance would tempt the planner to
+        # walk the HNSW index. Many: that index is scanned on until enough of them came.
         search = f"""(
         {chosen} matching JOIN {shape.vectors} USING (document_id)
-        WHERE {_INDEX} AND (SELECT chunks FROM breadth) <= {shape.scanned_chunks} ORDER BY {shape.distance} LIMIT {shape.depth}
+        WHERE {_INDEX} AND (SELECT chunks FROM breadth) <= {shape.scanned_chunks} ORDER BY score DESC LIMIT {shape.depth}
     ) UNION ALL (
         {chosen} {shape.vectors}
         WHERE (SELECT chunks FROM breadth) > {shape.scanned_chunks} AND {_write_match(shape, shape.vectors)}

@@ -94,18 +94,18 @@ class Library:
 
 @pytest.fixture
 async def library(database: PostgresDatabase, queue: PostgresJobQueue) -> Library:
-    """Two thousand chunks."""
+    """A thousand chunks."""
     await PostgresVectorTables(database).tend()  # drops what the test before left
     model = await add_model(database, make_rag_model())
     library = Library(database, queue, model, await start_job(database, queue, model), [], numpy.empty((0, DIMENSION), numpy.float16))
-    await library.add(40, seed=1)
+    await library.add(20, seed=1)
     return library
 
 
 @pytest.fixture
 def tables(database: PostgresDatabase) -> PostgresVectorTables:
-    """Takes a thousand chunks for many."""
-    return PostgresVectorTables(database, indexed_from_chunks=1_000)
+    """Takes five hundred chunks for many."""
+    return PostgresVectorTables(database, indexed_from_chunks=500)
 
 
 def list_tables(sql: psycopg.Connection[TupleRow]) -> list[str]:
@@ -126,13 +126,13 @@ async def test_a_large_index_moves_to_a_table_with_an_hnsw_index(
     done = await tables.tend()
     (table,) = list_tables(sql)
     assert [line.split(":")[0] for line in done] == [table, table]
-    assert (count(sql, "chunk_vectors"), count(sql, table)) == (0, 2_000)
+    assert (count(sql, "chunk_vectors"), count(sql, table)) == (0, 1_000)
     assert await library.find(query) == before
     assert await tables.tend() == []
 
 
 async def test_a_small_index_stays_where_it_is(library: Library, database: PostgresDatabase, sql: psycopg.Connection[TupleRow]) -> None:
-    assert await PostgresVectorTables(database, indexed_from_chunks=2_001).tend() == []
+    assert await PostgresVectorTables(database, indexed_from_chunks=1_001).tend() == []
     assert list_tables(sql) == []
 
 
@@ -150,30 +150,33 @@ async def test_a_filter_loses_none_of_the_nearest(
         "server.db.search.build_search.__kwdefaults__", {"compared_chunks": 5_000, "scanned_chunks": scanned_chunks}, raising=True
     )
     where = replace(DENSE, filter=(MetadataCondition("share", equals=3),))
-    assert await library.measure_recall(where, [3, 23]) >= (1.0 if scanned_chunks > 100 else 0.99)
+    assert await library.measure_recall(where, [3]) >= (1.0 if scanned_chunks > 100 else 0.99)
 
 
 MORE_VECTORS = """
 INSERT INTO chunk_vectors (organization, model_id, document_id, index_number, position, embedding)
 SELECT organization, model_id, document_id, 1, place,
     (SELECT array_agg(random() - 0.5) FROM generate_series(1, 48 + 0 * place))::halfvec
-FROM documents, generate_series(100, 599) AS place
+FROM documents, generate_series(100, 1099) AS place
 """
 
 
-@pytest.mark.parametrize("filtered", [False, True])
 async def test_the_planner_uses_the_hnsw_index(
-    library: Library, database: PostgresDatabase, sql: psycopg.Connection[TupleRow], filtered: bool
+    library: Library, database: PostgresDatabase, sql: psycopg.Connection[TupleRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(vector_placement, "BUILD_CANDIDATES", 8)  # a poor graph, built in a second
+    monkeypatch.setattr(vector_placement, "LINKS", 4)
     sql.execute(MORE_VECTORS)
-    sql.execute("UPDATE term_counts SET chunk_count = 22000 WHERE term = 0")
+    sql.execute("UPDATE term_counts SET chunk_count = 21000 WHERE term = 0")
     await PostgresVectorTables(database).tend()
     (table,) = list_tables(sql)
-    where = (MetadataCondition("half", equals=1),) if filtered else ()
-    for mode in (SearchMode.DENSE, SearchMode.HYBRID):
-        plan = await explain(library, replace(DENSE, filter=where, search_mode=mode))
-        assert f"Index Scan using {table}_hnsw on {table}" in plan
-        assert f"Seq Scan on {table}" not in plan
+    for where in ((), (MetadataCondition("half", equals=1),)):
+        for mode in (SearchMode.DENSE, SearchMode.HYBRID):
+            plan = await explain(library, replace(DENSE, filter=where, search_mode=mode))
+            # Once, also where a filter may keep many; what few keep is found by key.
+            assert plan.count(f"Index Scan using {table}_hnsw on {table}") == 1
+            assert f"Seq Scan on {table}" not in plan
+            assert f"{table}_pkey" in plan or not where
 
 
 async def explain(library: Library, settings: RetrievalSettings) -> str:
@@ -198,15 +201,15 @@ async def test_what_is_written_and_deleted_afterwards_is_in_the_new_table(
     await tables.tend()
     await library.add(2, seed=500)
     (table,) = list_tables(sql)
-    assert (count(sql, "chunk_vectors"), count(sql, table)) == (0, 2_100)
-    for query in (library.vectors[2_050], library.vectors[2_001]):
+    assert (count(sql, "chunk_vectors"), count(sql, table)) == (0, 1_100)
+    for query in (library.vectors[1_050], library.vectors[1_001]):
         assert {(hit.document_id, hit.chunk.position) for hit in await library.find(query)} == library.nearest(query, 10)
-    await library.commit(library.documents[40], make_clustered(3, seed=77))
-    assert count(sql, table) == 2_053
+    await library.commit(library.documents[20], make_clustered(3, seed=77))
+    assert count(sql, table) == 1_053
     async with library.database.transaction(ORGANIZATION) as transaction:
-        await transaction.documents.delete(library.model.model_id, library.documents[41])
-    assert count(sql, table) == 2_003
-    assert library.documents[41] not in {hit.document_id for hit in await library.find(library.vectors[2_070])}
+        await transaction.documents.delete(library.model.model_id, library.documents[21])
+    assert count(sql, table) == 1_003
+    assert library.documents[21] not in {hit.document_id for hit in await library.find(library.vectors[1_070])}
 
 
 async def test_a_search_that_was_sent_to_the_old_table_says_so(library: Library, tables: PostgresVectorTables) -> None:
@@ -237,10 +240,10 @@ async def test_searches_commits_and_deletions_go_on_while_the_vectors_move(libra
         searches += 1
     await moving
     assert searches > 3
-    found = await library.find(library.vectors[2_020], replace(DENSE, top_k=1_000))
-    assert len(found) == 1_000
+    found = await library.find(library.vectors[1_020], replace(DENSE, top_k=900))
+    assert len(found) == 900
     assert not {hit.document_id for hit in found} & set(gone)
-    assert library.documents[40] in {hit.document_id for hit in found[:3]}
+    assert library.documents[20] in {hit.document_id for hit in found[:3]}
 
 
 async def test_a_table_whose_index_is_gone_is_dropped(
@@ -269,7 +272,7 @@ async def test_what_a_dead_worker_left_is_finished_by_the_next(
     sql.execute(f"CREATE INDEX {table}_hnsw ON {table} USING hnsw (embedding halfvec_cosine_ops)")
     sql.execute("UPDATE pg_index SET indisvalid = false WHERE indexrelid = %s::regclass", (f"{table}_hnsw",))
     monkeypatch.setattr(vector_placement, "_BUILD", broken)
-    assert [line.split(" vectors")[0] for line in await tables.tend()] == [f"{table}: HNSW index over 2,000"]
+    assert [line.split(" vectors")[0] for line in await tables.tend()] == [f"{table}: HNSW index over 1,000"]
     assert await tables.tend() == []
 
 
