@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.retrieval import MINILM, Collection, read_arcd, read_gsm8k
 from server.basemodels.sources import BaseModelSource
+from server.domain.embeddings import EmbeddingBackend
 from server.domain.generation import EmbedRole
 from server.domain.retrieval import Chunk
 from server.inference.batching import BatchLimits
@@ -26,7 +27,7 @@ from server.inference.client import EngineClient
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
 from server.inference.server import serve
-from server.rag.embedding import Embedder, Vectors
+from server.rag.embedding import Embedder, LoadedModel, Vectors
 from server.rag.index_child import embed_chunks
 from server.services.embedding import MAX_TEXTS
 from server.storage.artefacts import ArtefactStore
@@ -136,6 +137,21 @@ async def compare_speed(library: SentenceTransformer, embedder: Embedder, client
         )
 
 
+async def compare_backends(embedder: Embedder, collection: Collection) -> None:
+    """Print speed and quality in each kind of numbers; queries and passages in the same."""
+    print(f"{'numbers':34}{'passages/s':>12}{'MRR@10':>8}")
+    queries, places = [query for query, _ in collection.queries], [place for _, place in collection.queries]
+    for backend in EmbeddingBackend:
+        loaded = embedder.load(MINILM, backend)
+
+        async def embed(loaded: LoadedModel = loaded) -> None:
+            loaded.encode(collection.passages, EmbedRole.PASSAGE)
+
+        best = await take_best(2, {backend: embed})
+        vectors = loaded.encode(queries, EmbedRole.QUERY), loaded.encode(collection.passages, EmbedRole.PASSAGE)
+        print(f"{backend:34}{len(collection.passages) / best[backend]:12.1f}{find_reciprocal_rank(*vectors, places):8.3f}", flush=True)
+
+
 async def run(data_path: Path, english_records: int) -> None:
     """Measure all."""
     with tempfile.TemporaryDirectory(prefix="embedding-") as directory:
@@ -147,6 +163,7 @@ async def run(data_path: Path, english_records: int) -> None:
         print(f"{torch.get_num_threads()} threads; ratios above 1: ours is faster")
         async with run_engine(source, embedder, Path(directory)) as client:
             await compare_speed(library, embedder, client, {"GSM8K": english, "ARCD": arabic})
+        await compare_backends(embedder, english)
 
 
 def main() -> None:
