@@ -72,7 +72,10 @@ def make_queries(collection: Collection) -> Mapping[str, list[float]]:
     """Queries with their vectors, the same ones in every process. Their words are as common as those of the passages."""
     vectors = collection.make_vectors(QUERIES, QUERY_SEED)
     texts = collection.make_passages(QUERIES, QUERY_WORDS, QUERY_SEED)
-    return {f"{text} {number}": vector for number, (text, vector) in enumerate(zip(texts, vectors.astype(float).tolist(), strict=True))}
+    name = f"collection{collection.chunks}"  # no two collections have the same query
+    return {
+        f"{text} {name} {number}": vector for number, (text, vector) in enumerate(zip(texts, vectors.astype(float).tolist(), strict=True))
+    }
 
 
 class LookedUp:
