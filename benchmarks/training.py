@@ -192,7 +192,7 @@ def train_trl(options: argparse.Namespace) -> Result:
     best = options.side == "trl-best"
     micro_batch = min(4 if best else SFTConfig.per_device_train_batch_size, options.batch_size)
     trainer = SFTTrainer(
-        model=load_for_trl(options, directory, best),
+        model=load_for_trl(options, directory),
         processing_class=AutoTokenizer.from_pretrained(directory),
         # Prompt and completion: by default TRL trains the completion's tokens only.
         train_dataset=Dataset.from_list([{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]),
@@ -219,12 +219,15 @@ def train_trl(options: argparse.Namespace) -> Result:
     return describe(options, trainer.model, int(trainer.state.num_input_tokens_seen), float(outcome.metrics["train_runtime"]), peak_bytes)
 
 
-def load_for_trl(options: argparse.Namespace, directory: Path, best: bool) -> Any:
-    """Load the base model as TRL's users do; full training by default in float32 under bf16 autocast."""
+def load_for_trl(options: argparse.Namespace, directory: Path) -> Any:
+    """Load the base model as TRL's users do; full training in float32 under bf16 autocast.
+
+    Weights in bf16 alone take less memory (5.58 GB) and do not learn: steps of this size are rounded away, held-out loss 1.297, not 1.123.
+    """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.float32 if options.technique == "full" and not best else torch.bfloat16
+    dtype = torch.float32 if options.technique == "full" else torch.bfloat16
     if options.technique != "qlora":
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     held = BitsAndBytesConfig(  # type: ignore[no-untyped-call]  # transformers leaves it untyped

@@ -35,8 +35,8 @@ LOGIT_ROWS, LOGIT_COPIES = 128, 3
 EXPLICIT_ATTENTION_TOKENS = 512
 KEPT_CHECKPOINTS = 3  # the latest two and the best
 TOKEN_DISK_BYTES = 9  # id, flag and weight in the cache
-# Tokens computed at once where the caller does not say (training/loop.py).
-DEFAULT_MICRO_BATCH_TOKENS = 1_024
+# Tokens computed at once where the caller does not say (training/state.py).
+DEFAULT_MICRO_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from server.training.autograd import apply_function
 # Rows of logits at once: 128 rows of 49,152 float32 numbers are 25 MB, which still fits into a server's last cache.
 CHUNK_ROWS = 128
 # Where the head itself is trained its gradient [V, D] is added to once per chunk: fewer, larger chunks.
-CHUNK_ROWS_FOR_TRAINED_HEAD = 512
+CHUNK_ROWS_FOR_TRAINED_HEAD = 256
 
 
 class _SummedCrossEntropy(Function):
@@ -44,7 +44,9 @@ class _SummedCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *ctx.gradients.give(upstream[0]), None, None, None
+        found = ctx.gradients.give(upstream[0])
+        del ctx.gradients  # used up, and of the head's size
+        return *found, None, None, None
 
 
 class _TokenCrossEntropies(Function):
@@ -106,11 +108,11 @@ class _Gradients:
             self._by_weight += error.t() @ self._hidden_ND[part]
 
     def give(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Give all in the types of what they belong to, times `scale`."""
+        """Give all in the types of what they belong to, times `scale`. Uses them up: a head's is the largest tensor there is."""
         dtypes = (self._hidden_ND.dtype, self._weight_VD.dtype, self._weight_VD.dtype)
         found = (self._by_hidden, self._by_weight, self._by_bias)
         return tuple(
-            None if gradient is None else (gradient if scale is None else gradient * scale.to(gradient.dtype)).to(dtype)
+            None if gradient is None else (gradient if scale is None else gradient.mul_(scale.to(gradient.dtype))).to(dtype)
             for gradient, dtype in zip(found, dtypes, strict=True)
         )
 

@@ -16,8 +16,8 @@ from server.training.objectives.objective import Objective
 from server.training.sampling import Sampler
 from server.training.techniques.trained import Trained
 
-# Measured on SmolLM2, two cores: fewer tokens leave matrix products too small, more leave the caches.
-MICRO_BATCH_TOKENS = 1024
+# Measured on SmolLM2, two cores: 1,024 take 0.4 GB more and 5 % longer, for they leave the caches; 384 save little more.
+MICRO_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
