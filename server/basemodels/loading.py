@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from server.basemodels.errors import BaseModelRefused
+from server.basemodels.quantization import FourBits
+from server.basemodels.streaming import forget_quantizer, four_bit_loading
 
 # Names that published tokenizers give to a token meant for padding, best first.
 PAD_TOKEN_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "<|reserved_special_token_0|>")
@@ -41,17 +43,24 @@ def set_distinct_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def load_causal_model(
-    directory: Path, *, dtype: torch.dtype, device: str | torch.device = "cpu", attention: str | None = None, exact: bool = False
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    exact: bool = False,
+    held: FourBits | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in evaluation mode. Raises BaseModelRefused when transformers cannot load it safely.
 
     `attention` None: the fastest that the architecture has. A weight that the files lack is refused, where transformers would make one
-    up; with `exact` also one that the architecture does not know.
+    up; with `exact` also one that the architecture does not know. With `held` linear layers go into 4 bits while they are read.
     """
+    in_four_bits = four_bit_loading(held, torch.device(device)) if held is not None else None
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            output_loading_info=True,
+            output_loading_info=True, **({} if in_four_bits is None else {"quantization_config": in_four_bits}),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelRefused(
@@ -60,6 +69,8 @@ def load_causal_model(
     model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
     if odd := sorted({*found["missing_keys"], *(found["unexpected_keys"] if exact else ())}):
         raise BaseModelRefused(f"The model's files and its architecture differ in {odd[0]}.", reason="MODEL_INVALID")
+    if held is not None:
+        forget_quantizer(model)
     model.to(device)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only
     model.train(False)
     return model

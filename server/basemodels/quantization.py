@@ -5,10 +5,11 @@ and rounds their scales, so that evaluating once would change what is trained.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from torch import nn
 from torch.autograd import Function
@@ -19,27 +20,55 @@ from server.domain.techniques import Quantization
 
 # Weights that share one scale; bitsandbytes' own and the paper's.
 BLOCK_SIZE = 64
+# Scales that share one of their own, where they are quantised too.
+SCALE_BLOCK_SIZE = 256
+# Weights that are quantised at once.
+SLICE_WEIGHTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FourBits:
+    """How linear layers are held. `compute_dtype` None: the model's own; `note` is told each layer's name, weight and 4-bit form."""
+
+    quantization: Quantization
+    double: bool
+    compute_dtype: torch.dtype | None = None
+    note: "Note | None" = None
 
 
 class QuantizedLinear(Linear4bit):
     """A frozen linear layer in 4 bits. De-quantised for each pass; nothing of the weight's size is kept for the backward pass."""
 
     compute_dtype: torch.dtype
+    # What a technique notes of its weight until it needs it.
+    noted: object = None
+
+    @classmethod
+    def beside(cls, layer: nn.Linear, compute_dtype: torch.dtype) -> "QuantizedLinear":
+        """Make one of a layer's shape and with its bias, still without a weight."""
+        with torch.device("meta"):
+            made = cls(layer.in_features, layer.out_features, bias=False, compute_dtype=compute_dtype)
+        made.bias = layer.bias
+        return made
 
     @classmethod
     def of(cls, layer: nn.Linear, quantization: Quantization, double_quantization: bool, compute_dtype: torch.dtype) -> "QuantizedLinear":
         """Quantise a layer. The original is left as it was."""
-        with torch.device("meta"):
-            made = cls(layer.in_features, layer.out_features, bias=False, compute_dtype=compute_dtype)
-        data, state = _quantize(layer.weight.detach(), quantization, double_quantization)
-        state.dtype = compute_dtype  # the type that comes out
-        made.quant_state = state
-        made.weight = Params4bit(
-            data, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=double_quantization,
-            quant_type=quantization.value.lower(), module=made, bnb_quantized=True,
-        )  # fmt: skip
-        made.bias = layer.bias
+        made = cls.beside(layer, compute_dtype)
+        made.take("", layer.weight.detach(), FourBits(quantization, double_quantization))
         return made
+
+    def take(self, name: str, weight: torch.Tensor, held: FourBits) -> None:
+        """Hold what 4 bits keep of a weight [O, I]."""
+        data, state = _quantize(weight, held.quantization, held.double)
+        state.dtype = self.compute_dtype  # the type that comes out
+        self.quant_state = state
+        self.weight = Params4bit(
+            data, requires_grad=False, quant_state=state, blocksize=BLOCK_SIZE, compress_statistics=held.double,
+            quant_type=held.quantization.value.lower(), module=self, bnb_quantized=True,
+        )  # fmt: skip
+        if held.note is not None:
+            held.note(name, weight, self)
 
     def dequantize(self) -> torch.Tensor:
         """Give the weight [O, I] in the compute type."""
@@ -50,7 +79,7 @@ class QuantizedLinear(Linear4bit):
         return cast(torch.Tensor, _QuantizedLinearFunction.apply(x, self))  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 
-Note = Callable[[str, nn.Linear, QuantizedLinear], None]
+Note = Callable[[str, torch.Tensor, QuantizedLinear], None]
 
 
 class _QuantizedLinearFunction(Function):
@@ -68,24 +97,25 @@ class _QuantizedLinearFunction(Function):
         return (gradient.to(ctx.layer.compute_dtype) @ ctx.layer.dequantize()).to(gradient.dtype), None
 
 
-def quantize(
-    model: PreTrainedModel,
-    quantization: Quantization,
-    double_quantization: bool,
-    compute_dtype: torch.dtype | None = None,
-    note: Note | None = None,
-) -> None:
-    """Replace the linear layers, all but the output head, by frozen ones in 4 bits.
+def quantize(model: PreTrainedModel, held: FourBits) -> None:
+    """Replace the linear layers, all but the output head, by frozen ones in 4 bits. Raises ValueError when the model has no such layer."""
+    for name, (layer, made) in replace_linears(model, held).items():
+        made.take(name, layer.weight.detach(), held)
 
-    `compute_dtype` None: the model's own. `note` is told each layer's name, the layer and what replaces it.
-    Raises ValueError when the model has no such layer.
-    """
+
+def replace_linears(model: PreTrainedModel, held: FourBits) -> dict[str, tuple[nn.Linear, QuantizedLinear]]:
+    """Put layers that have no weights yet in the place of the same ones; give both by name. Raises ValueError when there is none."""
+    replaced = {}
     for parent, name, layer in list(_select_layers(model)):
-        attribute = name.rpartition(".")[2]
-        made = QuantizedLinear.of(layer, quantization, double_quantization, compute_dtype or model.dtype)
-        if note is not None:
-            note(name, layer, made)
-        setattr(parent, attribute, made)
+        made = QuantizedLinear.beside(layer, held.compute_dtype or model.dtype)
+        setattr(parent, name.rpartition(".")[2], made)
+        replaced[name] = (layer, made)
+    return replaced
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Tell whether layers of it are held in 4 bits."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def dequantize_in_place(model: PreTrainedModel, quantization: Quantization, double_quantization: bool) -> None:
@@ -112,6 +142,15 @@ def _select_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.
 
 
 def _quantize(weight: torch.Tensor, quantization: Quantization, double_quantization: bool) -> tuple[torch.Tensor, QuantState]:
+    """Do what bitsandbytes' quantize_4bit does, in slices: on a CPU it takes some 30 bytes per weight meanwhile."""
     kind = quantization.value.lower()
-    data, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quantization, quant_type=kind)
-    return data, state
+    slices = weight.contiguous().view(-1).split(SLICE_WEIGHTS)
+    parts = [quantize_4bit(part, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type=kind) for part in slices]
+    data = torch.cat([part for part, _ in parts])
+    scales = torch.cat([state.absmax for _, state in parts])
+    shared = {"shape": weight.shape, "code": parts[0][1].code, "blocksize": BLOCK_SIZE, "quant_type": kind, "dtype": weight.dtype}
+    if not double_quantization:
+        return data, QuantState(absmax=scales, **shared)
+    offset = scales.mean()
+    narrow, state = quantize_blockwise(scales - offset, blocksize=SCALE_BLOCK_SIZE)
+    return data, QuantState(absmax=narrow, offset=offset, state2=state, **shared)

@@ -14,6 +14,7 @@ from server.childprocess import Signals
 from server.datafiles.tokencache import TokenCache
 from server.domain.events import ChildEvent, Started
 from server.domain.orders import FineTuneOrder
+from server.domain.techniques import QloraTechnique
 from server.storage.artefacts import Artefact, ArtefactStore
 from server.training.batches import BatchPlan, Examples, MicroBatch
 from server.training.checkpoint import Position
@@ -27,6 +28,7 @@ from server.training.sampling import make_sampler
 from server.training.signals import check_signals
 from server.training.state import MICRO_BATCH_TOKENS, Run, make_optimiser
 from server.training.techniques.apply import apply_technique
+from server.training.techniques.qlora import hold_in_four_bits
 from server.training.techniques.trained import Trained
 
 # Records that a technique may look at before it starts.
@@ -113,7 +115,9 @@ def _load(
     room = read_context_tokens(directory) - getattr(order.spec.technique, "virtual_tokens", 0)
     reading = start_reading(order, attempt.store.locate, attempt.cache, tokenizer, room, attempt.tell, attempt.check)
     try:
-        model = load_causal_model(directory, dtype=dtype, device=device)
+        technique = order.spec.technique
+        held = hold_in_four_bits(technique) if isinstance(technique, QloraTechnique) else None
+        model = load_causal_model(directory, dtype=dtype, device=device, held=held)
     except BaseException:
         reading.cancel()
         raise

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
 from transformers import PreTrainedModel
 
+from server.basemodels import quantization as module
 from server.basemodels.loading import load_causal_model
-from server.basemodels.quantization import QuantizedLinear, dequantize_in_place, quantize
+from server.basemodels.quantization import FourBits, QuantizedLinear, dequantize_in_place, quantize
 from server.domain.techniques import Quantization
 from tests.tiny_models import build_tiny_causal_model
 
@@ -28,7 +30,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 @pytest.mark.parametrize("double", [True, False])
 def test_round_tripped_weights_compute_what_four_bits_compute(directory: Path, quantization: Quantization, double: bool) -> None:
     in_four_bits, round_tripped, plain = load(directory), load(directory), load(directory)
-    quantize(in_four_bits, quantization, double)
+    quantize(in_four_bits, FourBits(quantization, double))
     dequantize_in_place(round_tripped, quantization, double)
     with torch.no_grad():
         expected = in_four_bits(IDS).logits
@@ -36,9 +38,27 @@ def test_round_tripped_weights_compute_what_four_bits_compute(directory: Path, q
         assert not torch.allclose(plain(IDS).logits, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("quantization", list(Quantization))
+@pytest.mark.parametrize("double", [True, False])
+def test_what_is_quantised_in_slices_is_what_bitsandbytes_gives(
+    quantization: Quantization, double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE_WEIGHTS", 1 << 12)
+    weight = torch.randn(96, 320, generator=torch.Generator().manual_seed(1))
+    data, state = module._quantize(weight, quantization, double)
+    expected, theirs = quantize_4bit(
+        weight, blocksize=module.BLOCK_SIZE, compress_statistics=double, quant_type=quantization.value.lower()
+    )
+    assert torch.equal(data, expected)
+    packed, expected_packed = state.as_dict(packed=True), theirs.as_dict(packed=True)
+    assert packed.keys() == expected_packed.keys()
+    assert all(torch.equal(tensor, expected_packed[name]) for name, tensor in packed.items())
+    assert torch.equal(dequantize_4bit(data, state), dequantize_4bit(expected, theirs))
+
+
 def test_every_linear_layer_but_the_output_head_is_held_in_four_bits(directory: Path) -> None:
     model = load(directory)
-    quantize(model, Quantization.NF4, True)
+    quantize(model, FourBits(Quantization.NF4, True))
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     assert {name for name, layer in linears.items() if not isinstance(layer, QuantizedLinear)} == {"lm_head"}
     for layer in linears.values():
@@ -60,7 +80,7 @@ def test_gradients_pass_through_as_through_the_round_tripped_weight() -> None:
 
 def test_evaluating_changes_nothing_of_what_is_trained(directory: Path) -> None:
     model = load(directory, torch.bfloat16)
-    quantize(model, Quantization.NF4, True)
+    quantize(model, FourBits(Quantization.NF4, True))
     model.train()
     before = model(IDS).logits
     model.train(False)
@@ -72,8 +92,8 @@ def test_evaluating_changes_nothing_of_what_is_trained(directory: Path) -> None:
 
 def test_the_compute_type_is_that_of_the_product_alone(directory: Path) -> None:
     wide, narrow = load(directory), load(directory)
-    quantize(wide, Quantization.NF4, False)
-    quantize(narrow, Quantization.NF4, False, torch.bfloat16)
+    quantize(wide, FourBits(Quantization.NF4, False))
+    quantize(narrow, FourBits(Quantization.NF4, False, torch.bfloat16))
     with torch.no_grad():
         got, expected = narrow(IDS).logits, wide(IDS).logits
     assert got.dtype == torch.float32
@@ -85,4 +105,4 @@ def test_a_model_without_linear_layers_is_refused(directory: Path) -> None:
     model = load(directory)
     model.model.layers = nn.ModuleList()
     with pytest.raises(ValueError, match="no linear layers"):
-        quantize(model, Quantization.NF4, True)
+        quantize(model, FourBits(Quantization.NF4, True))
