@@ -46,9 +46,7 @@ def test_what_is_quantised_in_slices_is_what_bitsandbytes_gives(
     monkeypatch.setattr(module, "SLICE_WEIGHTS", 1 << 12)
     weight = torch.randn(96, 320, generator=torch.Generator().manual_seed(1))
     data, state = module._quantize(weight, quantization, double)
-    expected, theirs = quantize_4bit(
-        weight, blocksize=module.BLOCK_SIZE, compress_statistics=double, quant_type=quantization.value.lower()
-    )
+    expected, theirs = quantize_4bit(weight, blocksize=module.BLOCK_SIZE, compress_statistics=double, quant_type=quantization.value.lower())
     assert torch.equal(data, expected)
     packed, expected_packed = state.as_dict(packed=True), theirs.as_dict(packed=True)
     assert packed.keys() == expected_packed.keys()

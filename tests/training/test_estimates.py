@@ -15,7 +15,9 @@ from tests.training.one_job import TECHNIQUE
 CACHE = Path(__file__).parents[2] / ".data" / "cache"
 
 
-@pytest.mark.parametrize("technique", [LoraTechnique(), QloraTechnique(), FullTechnique(), Ia3(), PrefixTuning()], ids=lambda each: each.kind)
+@pytest.mark.parametrize(
+    "technique", [LoraTechnique(), QloraTechnique(), FullTechnique(), Ia3(), PrefixTuning()], ids=lambda each: each.kind
+)
 def test_the_peak_is_within_a_quarter_of_the_estimate(technique: Technique) -> None:
     command = [sys.executable, "-m", "tests.training.one_job", TECHNIQUE.encode(technique).decode(), str(CACHE)]
     environment = {**TORCH_ENVIRONMENT, **os.environ}  # as a worker's child has it
