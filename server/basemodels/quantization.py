@@ -144,13 +144,13 @@ def _select_layers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.
 def _quantize(weight: torch.Tensor, quantization: Quantization, double_quantization: bool) -> tuple[torch.Tensor, QuantState]:
     """Do what bitsandbytes' quantize_4bit does, in slices: on a CPU it takes some 30 bytes per weight meanwhile."""
     kind = quantization.value.lower()
-    slices = weight.contiguous().view(-1).split(SLICE_WEIGHTS)
+    slices = torch.split(weight.contiguous().view(-1), SLICE_WEIGHTS)
     parts = [quantize_4bit(part, blocksize=BLOCK_SIZE, compress_statistics=False, quant_type=kind) for part in slices]
     data = torch.cat([part for part, _ in parts])
     scales = torch.cat([state.absmax for _, state in parts])
     shared = {"shape": weight.shape, "code": parts[0][1].code, "blocksize": BLOCK_SIZE, "quant_type": kind, "dtype": weight.dtype}
     if not double_quantization:
-        return data, QuantState(absmax=scales, **shared)
+        return data, QuantState(absmax=scales, **shared)  # type: ignore[no-untyped-call]  # bitsandbytes leaves it untyped
     offset = scales.mean()
     narrow, state = quantize_blockwise(scales - offset, blocksize=SCALE_BLOCK_SIZE)
-    return data, QuantState(absmax=narrow, offset=offset, state2=state, **shared)
+    return data, QuantState(absmax=narrow, offset=offset, state2=state, **shared)  # type: ignore[no-untyped-call]  # as above

@@ -5,7 +5,7 @@ transformers reads the files, with its renamings and checks; this tells it, thro
 
 import ctypes
 import mmap
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -45,8 +45,8 @@ class _FourBitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
         """Tell whether it is such a weight."""
-        module, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module), QuantizedLinear)
+        path = param_name.rpartition(".")[0]
+        return param_name.endswith(".weight") and isinstance(model.get_submodule(path), QuantizedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Give what is done with the weight."""
@@ -57,10 +57,12 @@ class _Quantize(ConversionOps):
     def __init__(self, config: FourBitLoading) -> None:
         self._config = config
 
-    def convert(self, input_dict: dict[str, Any], *, model: PreTrainedModel | None = None, **_: object) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **others: Any
+    ) -> dict[str, list[torch.Tensor]]:
         """Let the layers take their weights; give what is kept of them."""
-        assert model is not None
-        kept: dict[str, torch.Tensor] = {}
+        model = cast(PreTrainedModel, others["model"])
+        kept: dict[str, list[torch.Tensor]] = {}
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
             path = name.rpartition(".")[0]
@@ -68,7 +70,7 @@ class _Quantize(ConversionOps):
             assert isinstance(layer, QuantizedLinear)
             layer.take(path, weight.to(self._config.device), self._config.held)
             layer._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark, without which it would draw random weights
-            kept[name] = layer.weight
+            kept[name] = [layer.weight]
             _release_pages(weight)
         return kept
 
@@ -95,7 +97,7 @@ def four_bit_loading(held: FourBits, device: torch.device) -> FourBitLoading:
 
 def forget_quantizer(model: PreTrainedModel) -> None:
     """Take transformers' marks of a quantised model off: how the layers are held is their own affair."""
-    model.hf_quantizer.remove_quantization_config(model)
+    cast(_FourBitQuantizer, model.hf_quantizer).remove_quantization_config(model)  # type: ignore[no-untyped-call]  # transformers'
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = False
