@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ENGINE_MEMORY_SHARE = 0.4
 # And its embedding models and cross-encoders together this one.
 ENCODERS_MEMORY_SHARE = 0.2
+WEIGHT_HASHES = "weight-hashes"  # of embedding models, below the cache: a few kilobytes each
 TOKEN_CACHE_BYTES = 4 << 30  # some 500 million tokens of datasets that were trained on, oldest use dropped first
 STOP_GRACE_SECONDS = 5.0  # for calls that run when the api is told to stop
 HEALTH_SECONDS = 2.0  # how often the engine is asked whether it lives
@@ -213,7 +214,7 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     engine = EmbeddedEngine(
         base_models=source,
         versions=store,
-        embedder=Embedder(lambda name: source.resolve(name).directory, shelf),
+        embedder=Embedder(lambda name: source.resolve(name).directory, shelf, hashes_path=settings.cache_path / WEIGHT_HASHES),
         reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
         previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
@@ -246,7 +247,7 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
             from server.rag.parsing.document import Limits
 
             files = _open_files(settings)
-            embedder = Embedder(lambda name: source.resolve(name).directory)
+            embedder = Embedder(lambda name: source.resolve(name).directory, hashes_path=settings.cache_path / WEIGHT_HASHES)
             limits = Limits(file_bytes=settings.max_document_bytes)
             run_index(
                 order, settings.storage_path, embedder, emit, signals.should_stop,

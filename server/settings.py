@@ -134,7 +134,12 @@ class Settings:
         "LOCAL_MODELS_PATH", _paths, "{data}/models", "Directories (separated by `:`) whose models may be named by absolute path."
     )
     max_training_jobs: int = _variable("MAX_TRAINING_JOBS", _integer(1, 1000), "1", "Fine-tuning jobs that run at once, over all workers.")
-    max_index_jobs: int = _variable("MAX_INDEX_JOBS", _integer(1, 1000), "1", "RAG index jobs that run at once, over all workers.")
+    max_index_jobs: int = _variable(
+        "MAX_INDEX_JOBS",
+        _integer(1, 1000),
+        "1",
+        "RAG index jobs that run at once, over all workers, and besides as many that build an index anew.",
+    )
     default_batch_size: int = _variable(
         "DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none."
     )

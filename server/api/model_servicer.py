@@ -35,6 +35,7 @@ from server.api.mappers.models import (
     rag_created_to_proto,
     update_model_from_proto,
 )
+from server.api.mappers.rag_indexes import reindex_from_proto, reindexed_to_proto
 from server.api.mappers.versions import (
     ARCHIVE_TYPE,
     content_type,
@@ -177,6 +178,12 @@ class ModelServicer(ModelServiceServicer):
         trial = replace(wanted, validate_only=True, request_id="")
         await refuse_all_bad(found, lambda: self._service.create_rag_model(self._organization, trial))
         return rag_created_to_proto(await self._service.create_rag_model(self._organization, wanted))
+
+    async def ReindexModel(
+        self, request: pb.ReindexModelRequest, context: Context[pb.ReindexModelRequest, pb.ReindexModelResponse]
+    ) -> pb.ReindexModelResponse:
+        """Start building another index."""
+        return reindexed_to_proto(await self._service.reindex_model(self._organization, reindex_from_proto(request)))
 
     async def UploadDocument(
         self, request_iterator: AsyncIterator[pb.UploadDocumentRequest], context: Context[pb.UploadDocumentRequest, document_pb2.Document]

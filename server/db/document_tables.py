@@ -147,6 +147,31 @@ staged_documents = Table(
     _of_document("staged_documents_of_document"),
 )
 
+# What an index that does not answer yet has of each document, whose own row tells of the index that answers.
+reindexed_documents = Table(
+    "reindexed_documents",
+    metadata,
+    identifier("organization"),
+    identifier("model_id"),
+    number("index_number"),
+    identifier("document_id"),
+    number("content_revision"),
+    number("chunk_count"),
+    # Why it has no chunks there; empty: it has.
+    string("error"),
+    string("error_reason"),
+    PrimaryKeyConstraint("organization", "model_id", "index_number", "document_id"),
+    ForeignKeyConstraint(
+        ["organization", "model_id", "index_number"],
+        ["rag_indexes.organization", "rag_indexes.model_id", "rag_indexes.index_number"],
+        name="reindexed_documents_of_index",
+        ondelete="CASCADE",
+    ),
+    _of_document("reindexed_documents_of_document"),
+    # A document goes with what is noted of it.
+    Index("reindexed_documents_by_document", "organization", "model_id", "document_id"),
+)
+
 # Chunks are keyed by document first: a document goes with its chunks in every index, found by the beginning of the key.
 chunks = Table(
     "chunks",

@@ -12,7 +12,7 @@ from server.db.datasets import uses_dataset
 from server.db.failures import violated_constraint
 from server.db.locked_job import LockedJob
 from server.db.models import ERROR, MAX_INTEGER, uses_model
-from server.db.tables import IS_ACTIVE, IS_QUEUED, checkpoints, job_events, jobs
+from server.db.tables import IS_ACTIVE, IS_QUEUED, IS_REINDEX, checkpoints, job_events, jobs
 from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.estimates import Estimate
 from server.domain.events import Evaluated, JobEvent, StateChanged, StepDone
@@ -124,6 +124,11 @@ class PostgresJobs:
         if not is_id(job_id, JOB):
             return []
         return await read_attempts(self._connection, self._organization, job_id, before_attempt, limit)
+
+    async def find_reindex(self, model_id: str) -> str | None:
+        """Give the id of the job that builds another index of a RAG model, if one is not finished."""
+        mine = (jobs.c.organization == self._organization, jobs.c.model_id == model_id)
+        return await self._connection.scalar(select(jobs.c.job_id).where(*mine, IS_ACTIVE, IS_REINDEX).limit(1))
 
     async def list_active(self, *, model_id: str | None = None, dataset_id: str | None = None) -> Sequence[str]:
         """Give the ids of jobs that are not finished and use this model (as result, base or generator) or dataset."""

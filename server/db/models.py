@@ -17,7 +17,7 @@ from server.domain.errors import ErrorData, FailedPrecondition, NotFound
 from server.domain.ids import MODEL, is_id
 from server.domain.jobs import JobKind
 from server.domain.models import Model, ModelExport, ModelState, ModelType, ModelVersion, RagConfiguration
-from server.domain.retrieval import FIRST_INDEX
+from server.domain.retrieval import FIRST_INDEX, Chunking
 from server.domain.specs import ExportFormat, FineTuneSpec
 from server.services.codec import Codec
 from server.services.ports import ModelFilter, Page
@@ -122,6 +122,17 @@ class PostgresModels:
             return []
         query = select(models.c.model_id).where(models.c.organization == self._organization, models.c.generator_model_id == model_id)
         return list(await self._connection.scalars(query.order_by(models.c.model_id)))
+
+    async def add_index(self, model_id: str, embedding_model: str, chunking: Chunking) -> int:
+        """Add an index that does not answer yet; give its number. The model's row must be locked. Raises NotFound."""
+        of_model = (rag_indexes.c.organization == self._organization, rag_indexes.c.model_id == model_id)
+        latest = await self._connection.scalar(select(func.max(rag_indexes.c.index_number)).where(*of_model))
+        index = IndexKey(self._organization, model_id, (latest or 0) + 1)
+        try:
+            await insert_index(self._connection, index, embedding_model, chunking)
+        except IntegrityError as error:
+            raise NotFound.of("model", model_id) from error
+        return index.index_number
 
     async def get_version(self, model_id: str, version: int) -> ModelVersion:
         """Read one version. Raises NotFound."""

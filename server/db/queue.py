@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Text, cast, delete, exists, func, select, union_all, update
+from sqlalchemy import ColumnElement, Text, and_, cast, delete, exists, false, func, or_, select, union_all, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -12,20 +12,23 @@ from server.db import settlement
 from server.db.database import PostgresDatabase
 from server.db.datasets import dataset_file_from_row
 from server.db.document_commits import DocumentKey, commit_document
-from server.db.document_tables import IndexKey, documents, staged_documents
+from server.db.document_tables import IndexKey, documents, rag_indexes, staged_documents
+from server.db.index_removal import remove_idle_indexes
 from server.db.jobs import PROGRESS, checkpoint_from_row, job_from_row, select_jobs
 from server.db.locked_job import LockedJob, lease_lost
 from server.db.models import version_from_row
 from server.db.progress import record_payloads
-from server.db.rag_indexes import fix_dimension
+from server.db.rag_indexes import fix_dimension, fix_space
+from server.db.reindexing import DOCUMENTS_CHANGED, commit_reindexed, read_lacking, switch_index
 from server.db.staging import read_staged
-from server.db.tables import IS_HELD, IS_QUEUED, checkpoints, datasets, jobs, model_exports, model_versions
+from server.db.tables import IS_HELD, IS_QUEUED, IS_REINDEX, checkpoints, datasets, jobs, model_exports, model_versions
 from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
 from server.domain.jobs import Checkpoint, FailureReason, IndexCounters, Job, JobKind, JobState, may_follow
 from server.domain.models import ModelVersion
 from server.domain.orders import StagedDocument
+from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
 from server.services.codec import Codec
@@ -53,9 +56,9 @@ class PostgresJobQueue:
                 return None
             await connection.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
             # A statement after the lock sees what the claims before us committed.
-            held = await connection.execute(select(jobs.c.kind, func.count()).where(IS_HELD).group_by(jobs.c.kind))
-            kinds = _list_free_kinds(dict(held.all()), limits)
-            query = select(jobs).where(IS_QUEUED, jobs.c.kind.in_(kinds)).order_by(jobs.c.job_id).limit(1)
+            counted = select(jobs.c.kind, IS_REINDEX, func.count()).where(IS_HELD).group_by(jobs.c.kind, IS_REINDEX)
+            held = {(JobKind(kind), is_reindex): count for kind, is_reindex, count in await connection.execute(counted)}
+            query = select(jobs).where(IS_QUEUED, or_(false(), *_list_free(held, limits))).order_by(jobs.c.job_id).limit(1)
             row = (await connection.execute(query.with_for_update(skip_locked=True))).one_or_none()
             if row is None:
                 return None
@@ -125,7 +128,7 @@ class PostgresJobQueue:
             return dropped
 
     async def read_pending_documents(self, lease: Lease) -> AsyncIterator[StagedDocument]:
-        """Stream the contents of the model's documents that wait, oldest first.
+        """Stream the contents of the model's documents that wait, or that an index in the making lacks, oldest first.
 
         No transaction is open between two batches. Raises LeaseLost.
         """
@@ -135,7 +138,8 @@ class PostgresJobQueue:
                 row = (await connection.execute(select(jobs.c.model_id, jobs.c.spec).where(*_held_under(lease)))).one_or_none()
                 if row is None:
                     raise lease_lost(lease.job_id)
-                staged = await read_staged(connection, _find_index(lease.organization, row.model_id, row.spec), last_id, DOCUMENTS_PER_READ)
+                read = read_lacking if _INDEX.from_json(row.spec).is_reindex else read_staged
+                staged = await read(connection, _find_index(lease.organization, row.model_id, row.spec), last_id, DOCUMENTS_PER_READ)
             for document in staged:
                 yield document
             if len(staged) < DOCUMENTS_PER_READ:
@@ -152,11 +156,12 @@ class PostgresJobQueue:
         error: str,
         total: int,
         reading: DocumentReading = _READING,
+        space: MeasuredSpace | None = None,
     ) -> Sequence[str]:
         """Replace a document's content, chunks and vectors (float16, [chunks, dimension]), or store `error`; log progress.
 
         A document that was deleted meanwhile counts as done. Gives files that no row names any more. Raises LeaseLost, InvalidInput,
-        and FailedPrecondition where the model's other vectors have another dimension.
+        and FailedPrecondition where the index's other vectors are in another space, or have another dimension.
         """
         async with self._database.begin() as connection:
             job = await _lock(connection, lease)
@@ -165,7 +170,10 @@ class PostgresJobQueue:
             stored = () if error else chunks
             if stored:
                 await fix_dimension(connection, index, dimension)
-            committed = await commit_document(connection, key, stored, vectors if stored else b"", dimension, error, reading)
+            if stored and space is not None:
+                await fix_space(connection, index, space)
+            commit = commit_reindexed if _INDEX.from_json(job.row.spec).is_reindex else commit_document
+            committed = await commit(connection, key, stored, vectors if stored else b"", dimension, error, reading)
             if committed.is_settled:
                 done = job.row.progress["step"] + 1
                 count = len(stored) if committed.is_stored else 0
@@ -182,17 +190,21 @@ class PostgresJobQueue:
                 await job.write()
             return committed.dropped_paths
 
-    async def complete(self, lease: Lease, result: ResultReady) -> bool:
-        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile.
+    async def complete(self, lease: Lease, result: ResultReady) -> JobState:
+        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE, the index that was built anew answers.
 
-        Raises LeaseLost, and FailedPrecondition where the job is not FINALIZING.
+        CANCELLING where the job was cancelled meanwhile: nothing was written. QUEUED for another round where documents changed since the
+        index that is built anew got them. Raises LeaseLost, and FailedPrecondition where the job is not FINALIZING.
         """
         async with self._database.begin() as connection:
             job = await _lock(connection, lease)
             if job.state is JobState.CANCELLING:
-                return False
+                return job.state
+            is_reindex = job.row.kind == JobKind.RAG_INDEX and _INDEX.from_json(job.row.spec).is_reindex
+            if is_reindex and not await switch_index(connection, job):
+                return await settlement.interrupt(connection, job, DOCUMENTS_CHANGED, None)
             await settlement.succeed(connection, job, result)
-            return True
+            return job.state
 
     async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
         """In one transaction: FAILED with its reason, and the model FAILED where it is still CREATING. Gives the state reached.
@@ -228,6 +240,11 @@ class PostgresJobQueue:
         async with self._database.begin() as connection:
             await connection.execute(delete(checkpoints).where(*of_job, jobs.c.state == JobState.FAILED, ended))
 
+    async def remove_idle_indexes(self) -> Sequence[str]:
+        """Remove indexes of RAG models that do not answer and that no job builds, in batches. Gives a line for each."""
+        removed = await remove_idle_indexes(self._database)
+        return [f"{index.model_id} index {index.index_number}: removed, it answers no more" for index in removed]
+
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""
         model_path = jobs.c.organization + "/models/" + jobs.c.model_id + "/"
@@ -240,11 +257,17 @@ class PostgresJobQueue:
             return set(await connection.scalars(union_all(*named, writing, working)))
 
 
-def _list_free_kinds(held: Mapping[str, int], limits: ClaimLimits) -> list[JobKind]:
-    free: list[JobKind] = []
-    for kinds, most in ((_TRAINING_KINDS, limits.training_jobs), (_INDEX_KINDS, limits.index_jobs)):
-        if sum(held.get(kind, 0) for kind in kinds) < most:
-            free += kinds
+def _list_free(held: Mapping[tuple[JobKind, bool], int], limits: ClaimLimits) -> list[ColumnElement[bool]]:
+    """Give conditions of the jobs for which there is room. What is added to models need not wait for an index that is built anew."""
+    free = []
+    rooms = (
+        (_TRAINING_KINDS, False, limits.training_jobs),
+        (_INDEX_KINDS, False, limits.index_jobs),
+        (_INDEX_KINDS, True, limits.index_jobs),
+    )
+    for kinds, is_reindex, most in rooms:
+        if sum(held.get((kind, is_reindex), 0) for kind in kinds) < most:
+            free.append(and_(jobs.c.kind.in_(kinds), IS_REINDEX if is_reindex else ~IS_REINDEX))
     return free
 
 
@@ -281,7 +304,16 @@ async def _read_claim(connection: AsyncConnection, lease: Lease) -> Claim:
         files.get(row.eval_dataset_id),
         next((checkpoint for checkpoint in kept if checkpoint.best), None),
         await _read_version(connection, lease.organization, job),
+        await _read_calibrated(connection, lease.organization, job),
     )
+
+
+async def _read_calibrated(connection: AsyncConnection, organization: str, job: Job) -> str:
+    if not isinstance(job.spec, IndexSpec):
+        return ""
+    index = IndexKey(organization, job.model_id, job.spec.index_number)
+    query = select(rag_indexes.c.fingerprint).where(*index.rows_of(rag_indexes), rag_indexes.c.calibration.is_not(None))
+    return await connection.scalar(query) or ""
 
 
 async def _read_version(connection: AsyncConnection, organization: str, job: Job) -> ModelVersion | None:

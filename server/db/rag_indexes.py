@@ -2,19 +2,21 @@
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Text, func, insert, literal_column, select, update
+from sqlalchemy import ColumnElement, Row, Text, delete, func, insert, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db.document_tables import IndexKey, rag_indexes
 from server.domain.errors import FailedPrecondition
-from server.domain.rag_indexes import IndexState, RagIndex
+from server.domain.rag_indexes import SPACE_CHANGED, Calibration, EmbeddingSpace, IndexState, MeasuredSpace, RagIndex
 from server.domain.retrieval import Chunking
 from server.services.codec import Codec
 
+SPACE = Codec[EmbeddingSpace | None](EmbeddingSpace | None)
+CALIBRATION = Codec[Calibration | None](Calibration | None)
 _CHUNKING = Codec[Chunking](Chunking)
-# The columns as a model's row carries those of the index that answers.
 # The versions of both rows: any change of the model, or of its index, gives a new one, and nobody can forget to count it up.
 PLACE_REVISION: ColumnElement[str] = literal_column("models.xmin || '.' || rag_indexes.xmin", Text).label("place_revision")
+# The columns as a model's row carries those of the index that answers.
 INDEX_COLUMNS = [column.label(f"index_{column.name}") for column in rag_indexes.c if column.name not in ("organization", "model_id")]
 
 
@@ -29,6 +31,36 @@ async def insert_index(connection: AsyncConnection, index: IndexKey, embedding_m
         "create_time": func.clock_timestamp(),
     }
     await connection.execute(insert(rag_indexes).values(index.columns | values))
+
+
+async def fix_space(connection: AsyncConnection, index: IndexKey, measured: MeasuredSpace) -> None:
+    """Let the first document decide the space of all vectors of an index. Raises FailedPrecondition for another one.
+
+    An index of before spaces were kept takes the first one; its dimension is fixed already.
+    """
+    own, space = index.rows_of(rag_indexes), measured.space
+    known = await connection.scalar(select(rag_indexes.c.fingerprint).where(*own))
+    if not known:
+        values = {
+            "space": SPACE.to_json(space),
+            "fingerprint": space.fingerprint,
+            "revision": space.revision,
+            "calibration": CALIBRATION.to_json(measured.calibration),
+        }
+        # Of two jobs that are first at once, one waits here for the other and then finds it done.
+        await connection.execute(update(rag_indexes).where(*own, rag_indexes.c.fingerprint == "").values(values))
+        known = await connection.scalar(select(rag_indexes.c.fingerprint).where(*own))
+    if known != space.fingerprint:
+        raise FailedPrecondition(
+            f"{space.embedding_model} as it is here now gives other vectors than those of the model's index.",
+            reason=SPACE_CHANGED,
+            metadata={"index_fingerprint": known or "", "fingerprint": space.fingerprint},
+        )
+
+
+async def delete_index(connection: AsyncConnection, index: IndexKey) -> None:
+    """Remove an index whose chunks are removed, and its counts with it."""
+    await connection.execute(delete(rag_indexes).where(*index.rows_of(rag_indexes)))
 
 
 async def fix_dimension(connection: AsyncConnection, index: IndexKey, dimension: int) -> None:
@@ -63,4 +95,6 @@ def index_from_row(row: Row[Any]) -> RagIndex | None:
         dimension=row.index_dimension,
         vector_table=row.index_vector_table,
         place_revision=getattr(row, "place_revision", ""),
+        space=SPACE.from_json(row.index_space),
+        calibration=CALIBRATION.from_json(row.index_calibration),
     )

@@ -25,6 +25,8 @@ from server.domain.jobs import HELD_STATES, TERMINAL_STATES
 IS_QUEUED = literal_column("state = 'QUEUED'", Boolean)
 IS_HELD = literal_column(f"state IN ({', '.join(repr(state.value) for state in sorted(HELD_STATES))})", Boolean)
 IS_ACTIVE = literal_column(f"state NOT IN ({', '.join(repr(state.value) for state in sorted(TERMINAL_STATES))})", Boolean)
+# Of jobs that build a RAG model's index anew; false for all others.
+IS_REINDEX = literal_column("coalesce(spec->>'is_reindex', '') = 'true'", Boolean)
 IS_STATE_EVENT = literal_column("kind = 'state_changed'", Boolean)
 
 models = Table(

@@ -17,9 +17,11 @@ class Embeddings:
     """One unit vector per text, each of `dimension` numbers in float32.
 
     `token_counts` are those of the whole texts, special tokens and prefix included; what is beyond `max_tokens` was not read.
+    `fingerprint` is that of the space that all vectors are in; empty: not of one.
     """
 
     vectors: Sequence[Sequence[float]]
     dimension: int
     token_counts: Sequence[int]
     max_tokens: int
+    fingerprint: str = ""

@@ -12,6 +12,7 @@ from server.domain.documents import DOCUMENT_INVALID, DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.findings import Finding
 from server.domain.jobs import FailureReason, IndexCounters, JobState
+from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
 
 
@@ -173,6 +174,14 @@ LoggedPayload = (
 
 
 @dataclass(frozen=True, slots=True)
+class SpaceFound:
+    """Child to worker: the space of all vectors that it will give. Comes before the first of them."""
+
+    measured: MeasuredSpace
+    kind: Literal["space_found"] = "space_found"
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentIndexed:
     """Child to worker: a document's chunks and vectors, or why it has none.
 
@@ -243,6 +252,7 @@ ChildEvent = (
     | Sampled
     | Warned
     | IndexAdvanced
+    | SpaceFound
     | DocumentIndexed
     | Finalizing
     | Paused

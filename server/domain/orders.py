@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from server.domain.datasets import DatasetFormat, RecordKind
+from server.domain.documents import DocumentContent
 from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
 
 
@@ -42,13 +43,17 @@ class FineTuneOrder:
 
 @dataclass(frozen=True, slots=True)
 class IndexOrder:
-    """Embed the documents of `documents_path`: JSONL of `StagedDocument`, relative to MODEL_STORAGE_PATH."""
+    """Embed the documents of `documents_path`: JSONL of `StagedDocument`, relative to MODEL_STORAGE_PATH.
+
+    `calibrated_fingerprint`: of the space in which the similarity of unrelated texts was measured for this index; empty where it was not.
+    """
 
     job_id: str
     lease_epoch: int
     spec: IndexSpec
     documents_path: str
     document_count: int
+    calibrated_fingerprint: str = ""
     kind: Literal["rag_index"] = "rag_index"
 
 
@@ -72,6 +77,7 @@ Order = FineTuneOrder | IndexOrder | ExportOrder
 class StagedDocument:
     """A line of an index order's documents file: a content that waits to be indexed, a text or the file at `path`.
 
+    `content`: of a document that is indexed already and comes into another index, what was read of it, to be cut again.
     `known_chunks` are the hashes of the chunks that the document's index has of the content before.
     """
 
@@ -82,3 +88,4 @@ class StagedDocument:
     revision: int = 1
     source_uri: str = ""
     known_chunks: tuple[str, ...] = ()
+    content: DocumentContent | None = None

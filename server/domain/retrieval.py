@@ -57,7 +57,10 @@ MAX_CANDIDATES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class RetrievalSettings:
-    """A model's search defaults. similarity_threshold applies to `1 - cosine distance` (-1 to 1) only."""
+    """A model's search defaults. similarity_threshold applies to `1 - cosine distance` (-1 to 1) only.
+
+    `similarity_percentile` rules in its place where it is set: the similarity that so many percent of unrelated pairs do not exceed.
+    """
 
     top_k: int = 5
     similarity_threshold: float = 0.3
@@ -71,6 +74,8 @@ class RetrievalSettings:
     max_chunks_per_document: int = 0
     # Maximal marginal relevance: how much relevance counts against being unlike what was chosen before, 0 to 1; 1: alone.
     mmr_lambda: float = 1.0
+
+    similarity_percentile: float | None = None
 
     @property
     def is_diverse(self) -> bool:
@@ -99,6 +104,7 @@ class RetrievalOverrides:
     rerank: Rerank | None = None
     max_chunks_per_document: int | None = None
     mmr_lambda: float | None = None
+    similarity_percentile: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

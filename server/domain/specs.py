@@ -150,12 +150,16 @@ class FineTuneSpec:
 
 @dataclass(frozen=True, slots=True)
 class IndexSpec:
-    """A RAG_INDEX job, whole: embeds every PENDING document of the model into its index of this number."""
+    """A RAG_INDEX job, whole: embeds what waits of the model's documents into its index of this number.
+
+    `is_reindex`: it builds that index beside the one that answers, of all documents that are found there, and then lets it answer.
+    """
 
     embedding_model: str
     chunking: Chunking = field(default_factory=Chunking)
     index_number: int = FIRST_INDEX
     embedding_backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
+    is_reindex: bool = False
     kind: Literal["rag_index"] = "rag_index"
 
 

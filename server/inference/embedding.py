@@ -96,4 +96,12 @@ def _join(slices: Sequence[Sequence[int]], parts: Sequence[Embeddings]) -> Embed
         vectors |= zip(places, part.vectors, strict=True)
         counts |= zip(places, part.token_counts, strict=True)
     order = range(len(vectors))
-    return Embeddings([vectors[place] for place in order], parts[0].dimension, [counts[place] for place in order], parts[0].max_tokens)
+    # A model may have been loaded again between two slices, with other files.
+    fingerprints = {part.fingerprint for part in parts}
+    return Embeddings(
+        [vectors[place] for place in order],
+        parts[0].dimension,
+        [counts[place] for place in order],
+        parts[0].max_tokens,
+        fingerprints.pop() if len(fingerprints) == 1 else "",
+    )

@@ -153,6 +153,7 @@ class Vectors:
     dimension: int
     token_counts: Sequence[int]
     max_tokens: int
+    fingerprint: str
     kind: Literal["vectors"] = "vectors"
 
 
@@ -160,14 +161,14 @@ def pack_embeddings(embeddings: Embeddings) -> Vectors:
     """Write embeddings as a message."""
     numbers = array("f", chain.from_iterable(embeddings.vectors))
     packed = base64.b64encode(numbers.tobytes()).decode("ascii")
-    return Vectors(packed, embeddings.dimension, tuple(embeddings.token_counts), embeddings.max_tokens)
+    return Vectors(packed, embeddings.dimension, tuple(embeddings.token_counts), embeddings.max_tokens, embeddings.fingerprint)
 
 
 def unpack_embeddings(message: Vectors) -> Embeddings:
     """Read what `pack_embeddings` wrote."""
     numbers, width = array("f", base64.b64decode(message.packed)), message.dimension
     rows = [numbers[first : first + width] for first in range(0, len(numbers), width)]
-    return Embeddings(rows, width, message.token_counts, message.max_tokens)
+    return Embeddings(rows, width, message.token_counts, message.max_tokens, message.fingerprint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class JobFiles:
         if isinstance(job.spec, IndexSpec):
             path = f"{self.job_path(claim)}/documents-{claim.lease.epoch}.jsonl"
             count = await self._write_documents(path, documents)
-            return IndexOrder(job.job_id, claim.lease.epoch, job.spec, path, count)
+            return IndexOrder(job.job_id, claim.lease.epoch, job.spec, path, count, claim.calibrated_fingerprint)
         if isinstance(job.spec, ExportSpec):
             return self._order_export(claim, job.spec)
         if claim.dataset is None:

@@ -23,11 +23,13 @@ from server.domain.events import (
     Preparing,
     ResultReady,
     Sampled,
+    SpaceFound,
     Started,
     StepDone,
     Warned,
 )
 from server.domain.jobs import Checkpoint, IndexCounters, JobState
+from server.domain.rag_indexes import MeasuredSpace
 from server.jobs.files import JobFiles
 from server.services.job_queue import JobQueue, Lease
 
@@ -62,6 +64,7 @@ class Relay:
         self._base = self._counters = counters
         self._committed = 0
         self._pending: list[LoggedPayload] = []
+        self._space: MeasuredSpace | None = None
         self._last_evaluation: Evaluated | None = None
         self._is_finalizing = False
         self._next_preparing = 0.0
@@ -104,6 +107,8 @@ class Relay:
                     self._pending.append(IndexAdvanced(self._counters))
             case CheckpointSaved():
                 await self._record_checkpoint(event)
+            case SpaceFound():
+                self._space = event.measured
             case DocumentIndexed():
                 await self._commit_document(event)
             case Finalizing():
@@ -136,11 +141,21 @@ class Relay:
 
     async def _commit_document(self, event: DocumentIndexed) -> None:
         await self._flush()
+        if self._space is None:
+            raise ValueError("a document came before the space of its vectors")
         vectors = base64.b64decode(event.vectors, validate=True)
         reading = replace(event.reading, counters=self._counters)
         dropped = await persist(
             lambda: self._queue.commit_document(
-                self._lease, event.document_id, event.chunks, vectors, event.dimension, event.error, self._document_count, reading
+                self._lease,
+                event.document_id,
+                event.chunks,
+                vectors,
+                event.dimension,
+                event.error,
+                self._document_count,
+                reading,
+                self._space,
             )
         )
         self._committed += 1

@@ -30,6 +30,7 @@ PAUSE_GRACE_SECONDS = 300.0
 _MAX_MEMORY_KILLS = 2
 _SHUT_DOWN = "The worker was shut down; the job goes on from its last checkpoint."
 _STOPPED = "It was stopped; the job goes on from its last checkpoint."
+_REINDEX = "Build the model's index anew (ReindexModel) and try the job again, or put the embedding model's files back."
 _OUT_OF_MEMORY = "The training process was killed because memory ran out."
 
 
@@ -130,6 +131,8 @@ class JobRunner:
             raise
         except (InvalidInput, FailedPrecondition) as error:
             # What the child made cannot be stored, and will not be the next time either.
+            if error.reason == FailureReason.EMBEDDING_SPACE_CHANGED:
+                return Failed(FailureReason.EMBEDDING_SPACE_CHANGED, str(error), _REINDEX)
             return Failed(
                 FailureReason.DOCUMENTS_INVALID if isinstance(held.claim.job.spec, IndexSpec) else FailureReason.INTERNAL, str(error)
             )
@@ -203,8 +206,9 @@ class JobRunner:
         queue, lease = self._queue, claim.lease
         match ending:
             case ResultReady():
-                if await persist(lambda: queue.complete(lease, ending)):
-                    return JobState.SUCCEEDED
+                state = await persist(lambda: queue.complete(lease, ending))
+                if state is not JobState.CANCELLING:
+                    return state
                 return await self._write_end(claim, _Interrupted(_STOPPED, is_crash=False))
             case Failed():
                 error = ErrorData("FAILED_PRECONDITION", ending.reason, ending.message, {"suggestion": ending.suggestion})

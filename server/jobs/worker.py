@@ -103,7 +103,7 @@ class Worker:
             _logger.warning("job %s: its worker is gone, taken up again", job_id)
 
     def _tend(self) -> None:
-        """See to the tables of large indexes, beside everything else: building an index takes minutes, of the database's time."""
+        """Remove indexes and see to the tables of large ones, beside everything else: it takes minutes, of the database's time."""
         if self._tending is not None and not self._tending.done():
             return
         if time.monotonic() >= self._next_tend:
@@ -112,11 +112,11 @@ class Worker:
 
     async def _tend_vectors(self) -> None:
         try:
-            for done in await self._vectors.tend():
+            for done in [*await self._queue.remove_idle_indexes(), *await self._vectors.tend()]:
                 _logger.info("%s", done)
         except Exception as error:
             # Locks that others hold, a server that is away or full: nothing is lost, and the next turn tries again.
-            _logger.warning("the tables of large indexes were not seen to: %s", error)
+            _logger.warning("indexes and their tables were not seen to: %s", error)
 
     async def _sweep(self) -> None:
         if time.monotonic() < self._next_sweep:

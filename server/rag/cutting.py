@@ -62,6 +62,8 @@ class DocumentCutter:
         return _refuse(document, problem) if problem else cut
 
     def _read(self, document: StagedDocument) -> ParsedDocument:
+        if document.content is not None:
+            return parsed_from_content(document.content)
         if not document.path:
             return ParsedDocument(document.title, document.text)
         return parse_document(self.fetch(document.path), self.limits)

@@ -19,6 +19,7 @@ from server.domain.generation import EmbedRole
 from server.rag.batches import cut_batches
 from server.rag.profiles import EmbeddingProfile, canonical_name, check_supported, read_profile, refuse
 from server.rag.shelf import Shelf
+from server.rag.spaces import describe_space, read_revision
 from server.rag.tokenization import EmbeddingTokenizer
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ class _Encoder(Protocol):
 class LoadedModel:
     """An embedding model in memory, with its tokenizer and its facts."""
 
-    def __init__(self, profile: EmbeddingProfile, tokenizer: EmbeddingTokenizer, encoder: _Encoder, dimension: int) -> None:
+    def __init__(
+        self, profile: EmbeddingProfile, tokenizer: EmbeddingTokenizer, encoder: _Encoder, dimension: int, revision: str, dtype: torch.dtype
+    ) -> None:  # fmt: skip
+        self.space = describe_space(profile, dimension, revision, str(dtype).replace(".", "-"))
         self.profile = profile
         self.tokenizer = tokenizer
         self._encoder = encoder
@@ -74,11 +78,15 @@ class LoadedModel:
 class Embedder:
     """Embeds with models that are loaded at first use and held on a shelf. Any thread may call it."""
 
-    def __init__(self, resolve: Callable[[str], Path], shelf: Shelf | None = None, *, device: str = "cpu") -> None:
+    def __init__(
+        self, resolve: Callable[[str], Path], shelf: Shelf | None = None, *, device: str = "cpu", hashes_path: Path | None = None
+    ) -> None:  # fmt: skip
         """`resolve` gives the checked local directory of an embedding model (hub name, alias or path); its errors go to the caller.
 
-        Without a shelf the models may take all of the machine's memory.
+        Without a shelf the models may take all of the machine's memory. `hashes_path` is where the hashes of models' files are kept
+        (see spaces); without it they are computed at each load.
         """
+        self._hashes_path = hashes_path
         self._resolve = resolve
         self._shelf = shelf or Shelf(psutil.virtual_memory().total)
         self._device = torch.device(device)
@@ -94,10 +102,11 @@ class Embedder:
     def embed_texts(
         self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
     ) -> Embeddings:
-        """Do the same, and tell how many tokens the texts have."""
+        """Do the same, and tell how many tokens the texts have, and in which space their vectors are."""
         loaded = self.load(embedding_model, backend)
         vectors, token_counts = loaded.encode_counted(texts, role)
-        return Embeddings(cast("list[list[float]]", vectors.tolist()), loaded.dimension, token_counts, loaded.profile.max_tokens)
+        listed = cast("list[list[float]]", vectors.tolist())
+        return Embeddings(listed, loaded.dimension, token_counts, loaded.profile.max_tokens, loaded.space.fingerprint)
 
     def is_loaded(self, embedding_model: str, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32) -> bool:
         """Tell whether the model is in memory."""
@@ -112,17 +121,17 @@ class Embedder:
             return self._resolve(name)
 
         def load(directory: Path) -> LoadedModel:
-            return _load(name, directory, self._device, _DTYPES[backend])
+            return _load(name, directory, self._device, _DTYPES[backend], read_revision(directory, self._hashes_path))
 
         return self._shelf.take(LoadedModel, f"{name} {backend}", find, load, _DTYPES[backend].itemsize)
 
 
-def _load(embedding_model: str, directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load(embedding_model: str, directory: Path, device: torch.device, dtype: torch.dtype, revision: str) -> LoadedModel:
     profile = read_profile(embedding_model, directory)
     try:
         if profile.pooling is None:
-            return _load_by_library(profile, directory, device, dtype)
-        return _load_transformer(profile, directory / profile.transformer_path, device, dtype)
+            return _load_by_library(profile, directory, device, dtype, revision)
+        return _load_transformer(profile, directory / profile.transformer_path, device, dtype, revision)
     except (ServiceError, MemoryError):
         raise
     except Exception as error:
@@ -130,16 +139,16 @@ def _load(embedding_model: str, directory: Path, device: torch.device, dtype: to
         raise refuse(embedding_model, "cannot be loaded as an embedding model") from error
 
 
-def _load_transformer(profile: EmbeddingProfile, directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_transformer(profile: EmbeddingProfile, directory: Path, device: torch.device, dtype: torch.dtype, revision: str) -> LoadedModel:
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     model = AutoModel.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     model = cast(PreTrainedModel, model.to(device).eval())
     own = _wrap_tokenizer(tokenizer, profile)
     encoder = _TransformerEncoder(model, own, profile.pooling or Pooling.MEAN, int(tokenizer.pad_token_id or 0))
-    return LoadedModel(profile, own, encoder, int(model.config.hidden_size))
+    return LoadedModel(profile, own, encoder, int(model.config.hidden_size), revision, dtype)
 
 
-def _load_by_library(profile: EmbeddingProfile, directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def _load_by_library(profile: EmbeddingProfile, directory: Path, device: torch.device, dtype: torch.dtype, revision: str) -> LoadedModel:
     # A late import: the library takes seconds, and few models need it.
     from sentence_transformers import SentenceTransformer
 
@@ -151,7 +160,7 @@ def _load_by_library(profile: EmbeddingProfile, directory: Path, device: torch.d
     dimension = model.get_embedding_dimension()
     if dimension is None:
         raise ValueError("the model does not say how long its vectors are")
-    return LoadedModel(profile, own, _LibraryEncoder(model, own, profile), dimension)
+    return LoadedModel(profile, own, _LibraryEncoder(model, own, profile), dimension, revision, dtype)
 
 
 def _wrap_tokenizer(tokenizer: PreTrainedTokenizerBase, profile: EmbeddingProfile) -> EmbeddingTokenizer:

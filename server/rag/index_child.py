@@ -15,12 +15,14 @@ import numpy as np
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
 from server.domain.documents import DocumentReading
 from server.domain.errors import ServiceError
-from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, IndexAdvanced, ResultReady, Started, Warned
+from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, IndexAdvanced, ResultReady, SpaceFound, Started, Warned
 from server.domain.generation import EmbedRole
 from server.domain.jobs import FailureReason, IndexCounters, JobFailure
 from server.domain.orders import IndexOrder, StagedDocument
+from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
 from server.domain.specs import IndexSpec
+from server.rag.calibration import calibrate
 from server.rag.chunking import resolve_chunk_tokens
 from server.rag.cutting import CutDocument, DocumentCutter
 from server.rag.embedding import Embedder, LoadedModel, Vectors
@@ -74,6 +76,8 @@ def run_index(
     `fetch` gives the place of a stored file on this disk. A document whose event would be longer than `max_event_bytes` is refused.
     """
     loaded = _load(embedder, order.spec)
+    known = loaded.space.fingerprint == order.calibrated_fingerprint
+    emit(SpaceFound(MeasuredSpace(loaded.space, None if known else calibrate(loaded))))
     emit(Started(total_steps=order.document_count))
     for warning in _find_warnings(order, loaded):
         emit(warning)

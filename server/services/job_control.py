@@ -8,7 +8,7 @@ from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.ids import JOB, new_id
 from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, cancelled_from, paused_from
 from server.domain.models import JOB_CANCELLED, Model, ModelState
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
+from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, Spec, VersionReference
 from server.services.ports import Database, Files, Transaction
 
 # Evaluations looked at for the best one that a retry goes on from.
@@ -71,7 +71,7 @@ class JobControl:
                 raise _refuse(job, "JOB_RETRIED", f"was retried already: see {retry}", retry_job_id=retry)
             await _demand_inputs(transaction, job)
             await _revive_model(transaction, model, job)
-            again = _repeat(job, await _find_best(transaction, job))
+            again = _repeat(job, await _renew_spec(transaction, model, job.spec), await _find_best(transaction, job))
             await transaction.jobs.insert(again)
             return await transaction.jobs.get(again.job_id)
 
@@ -81,14 +81,14 @@ def _refuse(job: Job, reason: str, what: str, **more: str) -> FailedPrecondition
     return FailedPrecondition(f"The job ({job.state.value}) {what}.", reason=reason, metadata=metadata)
 
 
-def _repeat(job: Job, best: Best | None) -> Job:
+def _repeat(job: Job, spec: Spec, best: Best | None) -> Job:
     now = datetime.now(UTC)
     return Job(
         job_id=new_id(JOB),
         kind=job.kind,
         model_id=job.model_id,
         state=JobState.QUEUED,
-        spec=job.spec,
+        spec=spec,
         create_time=now,
         update_time=now,
         best=best,
@@ -121,11 +121,23 @@ async def _demand_inputs(transaction: Transaction, job: Job) -> None:
                     await transaction.models.get_version(spec.warm_start_from.model_id, spec.warm_start_from.version or 0)
             case ExportSpec(version=version):
                 await transaction.models.get_version(job.model_id, version)
+            case IndexSpec(is_reindex=True):
+                if running := await transaction.jobs.find_reindex(job.model_id):
+                    raise _refuse(job, "REINDEX_RUNNING", f"cannot be retried while {running} builds the model's index anew")
             case IndexSpec():
                 if not await transaction.staged.is_any_waiting(job.model_id):
                     raise _refuse(job, "NOTHING_TO_RETRY", "has no document left to index: add those that failed again")
     except NotFound as error:
         raise _refuse(job, "JOB_INPUT_GONE", f"cannot be retried, for what it works on was deleted: {str(error).rstrip('.')}") from error
+
+
+async def _renew_spec(transaction: Transaction, model: Model, spec: Spec) -> Spec:
+    """Give what the job is to do now: what was built of an index is gone, and another index may answer by now."""
+    if not isinstance(spec, IndexSpec) or model.rag is None:
+        return spec
+    if spec.is_reindex:
+        return replace(spec, index_number=await transaction.models.add_index(model.model_id, spec.embedding_model, spec.chunking))
+    return IndexSpec(model.rag.embedding_model, model.rag.chunking, model.rag.index_number, model.rag.embedding_backend)
 
 
 async def _revive_model(transaction: Transaction, model: Model, job: Job) -> None:

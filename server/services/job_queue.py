@@ -10,6 +10,7 @@ from server.domain.events import LoggedPayload, ResultReady
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobState
 from server.domain.models import ModelVersion
 from server.domain.orders import DatasetFile, StagedDocument
+from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
 
 
@@ -34,6 +35,8 @@ class Claim:
     best_checkpoint: Checkpoint | None = None
     # Of an export the version, of a warm start the version that it starts from.
     version: ModelVersion | None = None
+    # Of an index job: the fingerprint of its index's space, where that was calibrated.
+    calibrated_fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +78,20 @@ class JobQueue(Protocol):
         error: str,
         total: int,
         reading: DocumentReading = ...,
+        space: MeasuredSpace | None = None,
     ) -> Sequence[str]:
         """Replace a document's content, chunks and vectors (float16, [chunks, dimension]), or store `error`; log progress.
 
-        `vectors` leaves out the chunks that `reading` says are reused. Gives files that no row names any more.
+        `vectors` leaves out the chunks that `reading` says are reused; all are in `space`, which the first commit fixes for the index.
+        Gives files that no row names any more. Raises FailedPrecondition for another space.
         """
 
-    async def complete(self, lease: Lease, result: ResultReady) -> bool:
-        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE. False where the job was cancelled meanwhile."""
+    async def complete(self, lease: Lease, result: ResultReady) -> JobState:
+        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE, the index that was built anew answers.
+
+        CANCELLING where the job was cancelled meanwhile: nothing was written. QUEUED for another round where documents changed since the
+        index that is built anew got them.
+        """
 
     async def fail(self, lease: Lease, reason: FailureReason, error: ErrorData) -> JobState:
         """In one transaction: FAILED with its reason, and the model FAILED where it has no version yet. Gives the state reached.
@@ -104,6 +113,9 @@ class JobQueue(Protocol):
 
     async def drop_old_checkpoints(self, max_age_seconds: float) -> None:
         """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
+
+    async def remove_idle_indexes(self) -> Sequence[str]:
+        """Remove indexes of RAG models that do not answer and that no job builds, in batches. Gives a line for each."""
 
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""

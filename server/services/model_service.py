@@ -15,6 +15,7 @@ from server.services.fine_tuning import FineTuning
 from server.services.paging import close_page, open_page
 from server.services.ports import BaseModels, Database, Engine, Files
 from server.services.rag_models import RagModels, check_prompt_template, merge_retrieval
+from server.services.reindexing import Reindexed, Reindexing
 from server.services.requests import (
     Created,
     CreateFineTunedModel,
@@ -22,6 +23,7 @@ from server.services.requests import (
     Listed,
     ListModels,
     PageRequest,
+    ReindexModel,
     UpdateModel,
 )
 from server.services.reranking import check_cross_encoder
@@ -50,6 +52,7 @@ class ModelService:
         self._fine_tuning = fine_tuning
         self._rag_models = rag_models
         self.documents = documents
+        self._reindexing = Reindexing(database, base_models)
 
     async def list_models(self, organization: str, request: ListModels) -> Listed[Model]:
         """List models, newest first."""
@@ -99,6 +102,10 @@ class ModelService:
     async def create_rag_model(self, organization: str, request: CreateRagModel) -> Created:
         """Start building a RAG model."""
         return await self._rag_models.create(organization, request)
+
+    async def reindex_model(self, organization: str, request: ReindexModel) -> Reindexed:
+        """Start building another index of a RAG model."""
+        return await self._reindexing.reindex(organization, request)
 
     def list_base_models(self, request: PageRequest) -> Listed[tuple[BaseModel, bool]]:
         """List the catalogue, each with whether it can be loaded here now."""

@@ -18,7 +18,7 @@ from server.domain.generation import EmbedRole, GenerationRequest, ModelReferenc
 from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion, RagConfiguration
 from server.domain.previews import MeasureOrder, Preview, PreviewOrder
-from server.domain.retrieval import MetadataValue, RetrievedChunk, Search
+from server.domain.retrieval import Chunking, MetadataValue, RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
 from server.domain.shapes import ModelShape
 from server.domain.specs import FineTuneSpec, Spec
@@ -90,6 +90,9 @@ class Models(Protocol):
     async def read_rag(self, model_id: str) -> tuple[ModelState, RagConfiguration | None]:
         """Read how a model searches and answers, and where; None where it is no RAG model. Raises NotFound."""
 
+    async def add_index(self, model_id: str, embedding_model: str, chunking: Chunking) -> int:
+        """Add an index that does not answer yet; give its number. The model's row must be locked."""
+
     async def get_version(self, model_id: str, version: int) -> ModelVersion:
         """Read one version. Raises NotFound."""
 
@@ -126,6 +129,9 @@ class Jobs(Protocol):
 
     async def find_retry(self, job_id: str) -> str | None:
         """Give the id of the job that tries this one again, if there is one."""
+
+    async def find_reindex(self, model_id: str) -> str | None:
+        """Give the id of the job that builds another index of a RAG model, if one is not finished."""
 
     async def list_attempts(self, job_id: str, before_attempt: int | None, limit: int) -> Sequence[Attempt]:
         """List the attempts at the job and at those that it tries again, latest first, below an attempt's number."""

@@ -43,7 +43,7 @@ class RagModels:
         embedding_model = self._base_models.canonical_name(request.embedding_model)
         await check_base_model(self._base_models, found, "embedding_model", embedding_model)
         await check_cross_encoder(self._base_models, found, request.retrieval)
-        _check_chunking(found, request, embedding_model)
+        check_chunking(found, request.max_chunk_tokens, request.overlap_tokens, embedding_model)
         generator = self._base_models.canonical_name(request.generator_model_id)
         if not generator.startswith(f"{MODEL}_"):
             await check_base_model(self._base_models, found, "generator_model_id", generator)
@@ -70,6 +70,7 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
     """Apply what a request sets over a model's defaults."""
     if asked is None:
         return settings
+    percentile = settings.similarity_percentile if asked.similarity_threshold is None else None
     return RetrievalSettings(
         top_k=settings.top_k if asked.top_k is None else asked.top_k,
         similarity_threshold=settings.similarity_threshold if asked.similarity_threshold is None else asked.similarity_threshold,
@@ -78,6 +79,7 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
         dense_weight=settings.dense_weight if asked.dense_weight is None else asked.dense_weight,
         lexical_weight=settings.lexical_weight if asked.lexical_weight is None else asked.lexical_weight,
         filter=settings.filter if asked.filter is None else asked.filter,
+        similarity_percentile=percentile if asked.similarity_percentile is None else asked.similarity_percentile,
         rerank=settings.rerank if asked.rerank is None else (asked.rerank if asked.rerank.model else None),
         max_chunks_per_document=(
             settings.max_chunks_per_document if asked.max_chunks_per_document is None else asked.max_chunks_per_document
@@ -119,11 +121,16 @@ def _check_plain(found: Violations, request: CreateRagModel) -> None:
     check_prompt_template(found, request.prompt_template)
 
 
-def _check_chunking(found: Violations, request: CreateRagModel, embedding_model: str) -> None:
+def check_chunking(
+    found: Violations, max_tokens: int | None, overlap_tokens: int | None, embedding_model: str, own: Chunking | None = None
+) -> None:
+    """Check how documents are to be cut; what is left out is the model's `own`, if it is there already."""
     known = find_embedding_model(embedding_model)
     longest = known.max_tokens if known else MAX_CHUNK_TOKENS
-    found.number("chunking.max_tokens", request.max_chunk_tokens, MIN_CHUNK_TOKENS, longest)
-    found.number("chunking.overlap_tokens", request.overlap_tokens, 0, (request.max_chunk_tokens or min(longest, 256)) // 2)
+    found.number("chunking.max_tokens", max_tokens, MIN_CHUNK_TOKENS, longest)
+    whole = max_tokens or (own.max_tokens if own else 0) or min(longest, 256)
+    overlap = own.overlap_tokens if own and overlap_tokens is None and max_tokens is not None else overlap_tokens
+    found.number("chunking.overlap_tokens", overlap, 0, whole // 2)
 
 
 async def _find_generator_base(transaction: Transaction, found: Violations, generator: str) -> str:

@@ -132,6 +132,18 @@ class CreateRagModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ReindexModel:
+    """An index to build anew. An empty embedding model and None take the model's own."""
+
+    model_id: str
+    embedding_model: str = ""
+    max_chunk_tokens: int | None = None
+    overlap_tokens: int | None = None
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AddDocuments:
     """Documents to add to a RAG model."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
 from server.domain.generation import ChatMessage, EmbedRole, Role
 from server.domain.models import ModelState, RagConfiguration
+from server.domain.rag_indexes import SPACE_CHANGED, RagIndex
 from server.domain.retrieval import MetadataFilter, PlaceChanged, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.followups import StandingQuery, make_self_standing
 from server.services.ports import Database, Engine, Transaction
@@ -82,8 +83,18 @@ class Retrieval:
         return rag
 
     async def embed_queries(self, rag: RagConfiguration, queries: Sequence[str]) -> Sequence[Sequence[float]]:
-        """Embed queries as the model's index demands, to unit vectors."""
-        return (await self._engine.embed(rag.embedding_model, queries, EmbedRole.QUERY, rag.embedding_backend)).vectors
+        """Embed queries in the very space of the model's index, to unit vectors. Raises FailedPrecondition where that cannot be had."""
+        embeddings = await self._engine.embed(rag.embedding_model, queries, EmbedRole.QUERY, rag.embedding_backend)
+        demanded = rag.index.fingerprint if rag.index else ""
+        # An index of before spaces were kept demands none.
+        if demanded and embeddings.fingerprint != demanded:
+            raise FailedPrecondition(
+                f"{rag.embedding_model} as it is here now gives other vectors than those of the model's index: build the index anew "
+                "(ReindexModel), or put the embedding model's files back.",
+                reason=SPACE_CHANGED,
+                metadata={"index_fingerprint": demanded, "fingerprint": embeddings.fingerprint},
+            )
+        return embeddings.vectors
 
     async def search(
         self,
@@ -96,13 +107,13 @@ class Retrieval:
     ) -> Retrieved:
         """Find the chunks for a query that was checked, best first. `vector`: the query as it was embedded before; None: embed it.
 
-        Raises Unavailable where another index answers since `rag` was read.
+        Raises Unavailable where another index answers since `rag` was read, and the vector may be none of its space.
         """
         for _ in range(MAX_LOOKUPS):
             with suppress(PlaceChanged):
                 return await self._search(organization, model_id, query, rag, settings, vector)
             fresh = await self.read_configuration(organization, model_id)
-            if fresh.index_number != rag.index_number:
+            if fresh.index_number != rag.index_number and vector is not None:
                 break
             rag = fresh
         raise Unavailable("The model is being changed. Try again.", reason="MODEL_CHANGED", retry_after_seconds=0.0)
@@ -118,6 +129,7 @@ class Retrieval:
     ) -> Retrieved:
         """Search once. Raises PlaceChanged where the model or its index was changed since `rag` was read."""
         _check_together(settings)
+        settings = resolve_threshold(settings, rag.index)
         start = time.perf_counter()
         if settings.search_mode is SearchMode.LEXICAL:
             vector = ()
@@ -152,6 +164,18 @@ def check_query(found: Violations, model_id: str, query: str, earlier: Sequence[
     for place, message in enumerate(earlier):
         if message.tool_calls:
             found.add(f"messages[{place}].tool_calls", "must not be given here")
+
+
+def resolve_threshold(settings: RetrievalSettings, index: RagIndex | None) -> RetrievalSettings:
+    """Turn a percentile into the threshold that it comes to in the index's space. Raises FailedPrecondition without a calibration."""
+    if settings.similarity_percentile is None or settings.search_mode is SearchMode.LEXICAL:
+        return settings
+    if index is None or index.calibration is None:
+        raise FailedPrecondition(
+            "The index was built before similarities of unrelated texts were measured: reindex the model, or give a similarity_threshold.",
+            reason="CALIBRATION_MISSING",
+        )
+    return replace(settings, similarity_threshold=index.calibration.find_similarity(settings.similarity_percentile))
 
 
 def _check_together(settings: RetrievalSettings) -> None:

@@ -234,6 +234,9 @@ def check_retrieval(found: Violations, retrieval: RetrievalOverrides, prefix: st
     """Check search settings."""
     found.number(f"{prefix}top_k", retrieval.top_k, 1, MAX_TOP_K)
     found.number(f"{prefix}similarity_threshold", retrieval.similarity_threshold, -1, 1)
+    found.number(f"{prefix}similarity_percentile", retrieval.similarity_percentile, 0, 100)
+    if retrieval.similarity_threshold is not None and retrieval.similarity_percentile is not None:
+        found.add(f"{prefix}similarity_percentile", "must not be set where similarity_threshold is: one of them rules")
     found.number(f"{prefix}max_context_tokens", retrieval.max_context_tokens, 1, MAX_CONTEXT_TOKENS)
     found.number(f"{prefix}dense_weight", retrieval.dense_weight, 0, MAX_WEIGHT)
     found.number(f"{prefix}lexical_weight", retrieval.lexical_weight, 0, MAX_WEIGHT)

@@ -7,7 +7,7 @@ from server.domain.errors import ErrorData
 from server.domain.generation import FinishReason, ModelReference, Timings, TokenUsage
 from server.domain.jobs import Best, Job, JobKind, JobState, Progress, Usage
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
-from server.domain.rag_indexes import IndexState, RagIndex
+from server.domain.rag_indexes import Calibration, EmbeddingSpace, IndexState, RagIndex
 from server.domain.retrieval import Chunk, Chunking, Citation, RetrievalSettings, RetrievedChunk, Scores
 from server.domain.specs import FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
 from server.domain.techniques import LoraTechnique
@@ -62,7 +62,17 @@ MODEL = Model(
     version_count=1,
 )
 
-INDEX_OF_MODEL = RagIndex(1, "org/embedding", Chunking(64, 8), IndexState.READY, TIME, 7, 384)
+INDEX_OF_MODEL = RagIndex(
+    index_number=1,
+    embedding_model="org/embedding",
+    chunking=Chunking(64, 8),
+    state=IndexState.READY,
+    create_time=TIME,
+    index_key=7,
+    dimension=384,
+    space=EmbeddingSpace("org/embedding", "ab", "CLS", "q: ", "p: ", "ARABERT_V02", 512, 384, "torch-float32"),
+    calibration=Calibration(552, 0.2, 0.1, (0.0, 100.0), (-0.1, 0.7)),
+)
 RAG_MODEL = Model(
     model_id="mdl_2",
     type=ModelType.RAG,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
 from typing import Any, get_args
@@ -35,6 +35,7 @@ from server.api.mappers import (
     jobs,
     models,
     rag,
+    rag_indexes,
     retrieval,
     techniques,
 )
@@ -67,6 +68,7 @@ from server.domain.jobs import IndexCounters, JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
 from server.domain.retrieval import (
+    Chunking,
     MetadataCondition,
     MetadataValue,
     Rerank,
@@ -76,8 +78,10 @@ from server.domain.retrieval import (
     RetrievalSettings,
     SearchMode,
 )
-from server.domain.specs import EarlyStopping, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
+from server.domain.specs import EarlyStopping, IndexSpec, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
 from server.services.rag_models import merge_retrieval
+from server.services.reindexing import Reindexed
+from server.services.requests import ReindexModel
 from server.services.retrieval import RetrievalTimings, Retrieved
 from server.services.validation import Violations
 from server.services.watching import CoalescedStep, Finished, Heartbeat, Snapshot, WatchItem
@@ -297,6 +301,39 @@ def test_inline_records_are_the_lines_of_a_dataset() -> None:
     assert json.loads(models.record_to_line(message_pb2.TrainingRecord(prompt=""))) == {"prompt": ""}
     others = [message_pb2.TrainingRecord(text="a b"), message_pb2.TrainingRecord(prompt="a", chosen="b", rejected="c")]
     assert [parse_record(models.record_to_line(record)).kind for record in others] == [RecordKind.TEXT, RecordKind.PREFERENCE]
+
+
+def test_an_index_tells_its_space_and_how_similar_unrelated_texts_are_in_it() -> None:
+    index = models.model_to_proto(RAG_MODEL).rag.index
+    assert RAG_MODEL.rag is not None
+    assert RAG_MODEL.rag.index is not None
+    assert index.fingerprint == RAG_MODEL.rag.index.fingerprint
+    assert {name: getattr(index.space, name) for name in index.space.DESCRIPTOR.fields_by_name} == asdict(RAG_MODEL.rag.index.space)  # type: ignore[arg-type]
+    assert [(point.percent, point.similarity) for point in index.calibration.percentiles] == [(0.0, -0.1), (100.0, 0.7)]
+    assert (index.calibration.pair_count, index.calibration.mean, index.calibration.deviation) == (552, 0.2, 0.1)
+
+
+def test_a_percentile_rules_in_place_of_a_threshold() -> None:
+    found = Violations()
+    asked = retrieval.overrides_from_proto(retrieval_pb2.RetrievalConfig(similarity_percentile=95), found)
+    assert (asked.similarity_percentile, asked.similarity_threshold) == (95, None)
+    assert RAG_MODEL.rag is not None
+    ruled = replace(RAG_MODEL, rag=replace(RAG_MODEL.rag, retrieval=RetrievalSettings(similarity_percentile=95)))
+    stored = models.model_to_proto(ruled).rag.retrieval
+    assert (stored.similarity_percentile, stored.HasField("similarity_threshold")) == (95, False)
+    answered = retrieval.settings_to_proto(RetrievalSettings(similarity_threshold=0.4, similarity_percentile=95))
+    assert (answered.similarity_percentile, answered.similarity_threshold) == (95, 0.4)
+
+
+def test_an_index_to_be_is_asked_for_with_what_was_set() -> None:
+    chunking = retrieval_pb2.ChunkingConfig(max_tokens=64)
+    message = model_service_pb2.ReindexModelRequest(model_id="mdl_1", embedding_model="e", chunking=chunking, request_id="r")
+    assert rag_indexes.reindex_from_proto(message) == ReindexModel("mdl_1", "e", 64, None, "r")
+    answer = rag_indexes.reindexed_to_proto(Reindexed(JOB, [Finding(None, "EMBEDDING_MODEL_NOT_TUNED", "It was not.")]))
+    assert (answer.training_job.job_id, answer.findings[0].code) == (JOB.job_id, "EMBEDDING_MODEL_NOT_TUNED")
+    job = jobs.job_to_proto(replace(JOB, spec=IndexSpec("e", Chunking(64, 8), 2, is_reindex=True)))
+    config = job.effective_config.rag_index
+    assert (config.embedding_model, config.index_number, config.reindex) == ("e", 2, True)
 
 
 def test_metadata_goes_out_and_comes_back() -> None:

@@ -45,6 +45,7 @@ PROMISED = (
     ("get", "/models/{model_id}/documents/{document_id}/text", "ModelService.DownloadDocumentText"),
     ("get", "/models/{model_id}/documents/{document_id}/content", "ModelService.DownloadDocumentContent"),
     ("post", "/models/{model_id}/documents/batch", "ModelService.AddDocuments"),
+    ("post", "/models/{model_id}/reindex", "ModelService.ReindexModel"),
     ("get", "/models/{model_id}/documents", "ModelService.ListDocuments"),
     ("get", "/models/{model_id}/documents/{document_id}", "ModelService.GetDocument"),
     ("delete", "/models/{model_id}/documents/{document_id}", "ModelService.DeleteDocument"),

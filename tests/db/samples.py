@@ -168,9 +168,9 @@ async def claim(queue: PostgresJobQueue, lease_seconds: float = LEASE_SECONDS) -
     return claimed
 
 
-async def start_job(database: PostgresDatabase, queue: PostgresJobQueue, model: Model | None = None) -> Lease:
+async def start_job(database: PostgresDatabase, queue: PostgresJobQueue, model: Model | None = None, *, job: Job | None = None) -> Lease:
     """Store a job and bring it to RUNNING."""
-    await add_job(database, model)
+    await add_job(database, model, job=job)
     lease = (await claim(queue)).lease
     await queue.change_state(lease, JobState.RUNNING, "")
     return lease

@@ -13,8 +13,9 @@ from server.domain.errors import NotFound
 from server.domain.ids import DOCUMENT, new_id
 from server.domain.jobs import Job, JobState
 from server.domain.models import Model
-from server.domain.retrieval import FIRST_INDEX, RetrievalSettings, Search, SearchMode
+from server.domain.retrieval import FIRST_INDEX, Chunking, RetrievalSettings, Search, SearchMode
 from server.domain.retrieval_evaluation import Span
+from server.domain.specs import IndexSpec
 from server.services.lexical.analysis import analyse_query
 from server.services.ports import IssuedRequest, JobFilter, ModelFilter, Page
 from tests.db.samples import (
@@ -68,6 +69,7 @@ CALLS: dict[str, Call] = {
     "models.list": lambda mine, theirs: mine.models.list(ModelFilter(), Page(10)),
     "models.save": lambda mine, theirs: mine.models.save(replace(theirs.tuned, display_name="taken")),
     "models.delete": lambda mine, theirs: mine.models.delete(theirs.tuned.model_id),
+    "models.add_index": lambda mine, theirs: mine.models.add_index(theirs.rag.model_id, "e", Chunking()),
     "models.list_users": lambda mine, theirs: mine.models.list_users(theirs.tuned.model_id),
     "models.get_version": lambda mine, theirs: mine.models.get_version(theirs.tuned.model_id, 1),
     "models.list_versions": lambda mine, theirs: mine.models.list_versions(theirs.tuned.model_id, 10),
@@ -84,6 +86,7 @@ CALLS: dict[str, Call] = {
     "jobs.list_checkpoints": lambda mine, theirs: mine.jobs.list_checkpoints(theirs.retry.job_id),
     "jobs.list_attempts": lambda mine, theirs: mine.jobs.list_attempts(theirs.retry.job_id, None, 10),
     "jobs.list_speeds": lambda mine, theirs: mine.jobs.list_speeds(10),
+    "jobs.find_reindex": lambda mine, theirs: mine.jobs.find_reindex(theirs.rag.model_id),
     "jobs.find_retry": lambda mine, theirs: mine.jobs.find_retry(theirs.failed.job_id),
     "jobs.find_queued": lambda mine, theirs: mine.jobs.find_queued(theirs.waiting.model_id, theirs.waiting.spec),
     "jobs.resume": lambda mine, theirs: mine.jobs.resume(theirs.waiting.job_id),
@@ -125,6 +128,7 @@ async def _prepare(database: PostgresDatabase, queue: PostgresJobQueue) -> Their
     await finish_job(queue, lease)
     failed, retry = await add_retry(database, queue)
     waiting = await add_job(database, dataset=dataset)
+    await add_job(database, job=replace(make_job(rag), spec=IndexSpec("e", Chunking(), 2, is_reindex=True)))
     async with database.transaction(ORGANIZATION) as transaction:
         await transaction.requests.insert("Create", "r1", REQUEST)
     job = await read_job(database, lease.job_id)

@@ -111,7 +111,7 @@ async def test_a_job_that_was_cancelled_meanwhile_does_not_succeed(database: Pos
     lease = await start_job(database, queue)
     await queue.change_state(lease, JobState.FINALIZING, "")
     await change_state(database, lease.job_id, JobState.CANCELLING)
-    assert not await queue.complete(lease, RESULT)
+    assert await queue.complete(lease, RESULT) is JobState.CANCELLING
     await queue.change_state(lease, JobState.RUNNING, "")
     assert (await read_job(database, lease.job_id)).state is JobState.CANCELLING
     assert await queue.interrupt(lease, "stopped", None) is JobState.CANCELLED

@@ -22,12 +22,14 @@ from server.domain.events import (
     Paused,
     Preparing,
     ResultReady,
+    SpaceFound,
     Started,
     StepDone,
 )
 from server.domain.ids import CHUNK, new_id
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
+from server.domain.rag_indexes import EmbeddingSpace, MeasuredSpace
 from server.domain.retrieval import Chunk
 from server.services.codec import Codec
 
@@ -91,6 +93,7 @@ class _Performance:
 
     def index(self, order: IndexOrder, script: Script) -> None:
         lines = (self.storage / order.documents_path).read_bytes().splitlines()
+        self.emit(SpaceFound(MeasuredSpace(EmbeddingSpace("e", "r", "MEAN", "", "", "NONE", 8, 8, "script"))))
         self.emit(Started(len(lines)))
         for number, line in enumerate(lines):
             document = _DOCUMENT.decode(line)

@@ -219,7 +219,7 @@ def test_a_library_run_model_computes_in_sixteen_bits_too(tmp_path: Path) -> Non
 def test_a_large_model_embeds_fewer_texts_together(minilm: Embedder) -> None:
     loaded = minilm.load(MINILM)
     assert loaded.texts_per_window == 256
-    assert LoadedModel(loaded.profile, loaded.tokenizer, Weighing(303_000_000), 8).texts_per_window == 16
+    assert LoadedModel(loaded.profile, loaded.tokenizer, Weighing(303_000_000), 8, "r", torch.float32).texts_per_window == 16
 
 
 class Weighing:

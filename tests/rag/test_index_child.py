@@ -9,7 +9,7 @@ import pytest
 
 from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import NotFound
-from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, Started, Warned
+from server.domain.events import ChildEvent, DocumentIndexed, Finalizing, ResultReady, SpaceFound, Started, Warned
 from server.domain.generation import EmbedRole
 from server.domain.jobs import FailureReason, JobFailure
 from server.domain.orders import IndexOrder, StagedDocument
@@ -61,8 +61,10 @@ def test_real_documents_become_chunks_with_exact_places_and_their_vectors(tmp_pa
     paths = sorted((Path(__file__).parents[2] / "examples" / "documents").glob("*.md"))
     texts = [path.read_text("utf-8") for path in paths]
     events = run(tmp_path, texts, minilm)
-    assert isinstance(events[0], Started)
-    assert events[0].total_steps == len(texts)
+    assert isinstance(events[0], SpaceFound)
+    assert events[0].measured.space == minilm.load(MINILM).space
+    assert isinstance(events[1], Started)
+    assert events[1].total_steps == len(texts)
     indexed = documents_of(events)
     assert [event.document_id for event in indexed] == [f"doc_{place}" for place in range(len(texts))]
     for text, event in zip(texts, indexed, strict=True):
@@ -113,7 +115,7 @@ def test_a_job_without_one_good_document_fails(tmp_path: Path, minilm: Embedder)
 
 
 def test_a_job_without_documents_is_done_at_once(tmp_path: Path, minilm: Embedder) -> None:
-    assert [event.kind for event in run(tmp_path, [], minilm)] == ["started", "finalizing", "result_ready"]
+    assert [event.kind for event in run(tmp_path, [], minilm)] == ["space_found", "started", "finalizing", "result_ready"]
 
 
 def test_a_cancel_stops_between_windows_and_gives_no_result(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Searching as a use case: which legs run, what a model's settings and a request's make together, what is refused."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ from sqlalchemy import Engine, event
 from server.db.database import PostgresDatabase
 from server.db.vector_placement import PostgresVectorTables
 from server.domain.documents import NewDocument
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, Unavailable
-from server.domain.generation import ChatMessage, Role
-from server.domain.models import Model, ModelState
-from server.domain.retrieval import MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
+from server.domain.generation import ChatMessage, EmbedRole, Role
+from server.domain.models import Model, ModelState, RagConfiguration
+from server.domain.rag_indexes import Calibration, EmbeddingSpace, IndexState, RagIndex
+from server.domain.retrieval import Chunking, MetadataCondition, Rerank, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.inference.client import EngineClient
 from server.services.followups import make_self_standing
 from server.services.rag_models import default_retrieval, find_warnings, merge_retrieval
 from server.services.requests import Retrieve
-from server.services.retrieval import Retrieval
+from server.services.retrieval import Retrieval, resolve_threshold
 from tests.db.samples import ORGANIZATION, add_model, make_rag_model, read_model
 from tests.services.libraries import index_documents
 
@@ -168,3 +171,48 @@ def test_what_was_never_trained_to_retrieve_also_searches_by_words(embedding_mod
     assert [warning.code for warning in find_warnings(embedding_model)] == ["EMBEDDING_MODEL_NOT_TUNED"] * (mode is SearchMode.HYBRID)
     asked = RetrievalOverrides(search_mode=SearchMode.LEXICAL)
     assert merge_retrieval(default_retrieval(embedding_model), asked).search_mode is SearchMode.LEXICAL
+
+
+SPACE = EmbeddingSpace("all-MiniLM", "c" * 40, "MEAN", "", "", "NONE", 256, 8, "torch-float32")
+
+
+class _OneVectorEngine:
+    """Embeds every text to the same vector of one space."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self._fingerprint = fingerprint
+
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
+        return Embeddings([[1.0] + [0.0] * 7 for _ in texts], 8, [1 for _ in texts], 256, self._fingerprint)
+
+
+def _configure(space: EmbeddingSpace | None, calibration: Calibration | None = None) -> RagConfiguration:
+    rag = make_rag_model().rag
+    assert rag is not None
+    now = datetime.now(UTC)
+    return replace(rag, index=RagIndex(1, "all-MiniLM", Chunking(), IndexState.READY, now, 1, 8, space=space, calibration=calibration))
+
+
+async def test_a_query_is_embedded_in_the_space_of_the_index_or_refused(database: PostgresDatabase) -> None:
+    retrieval = Retrieval(database, _OneVectorEngine(SPACE.fingerprint))  # type: ignore[arg-type]  # nothing but embed is called
+    assert len(await retrieval.embed_queries(_configure(SPACE), ["a", "b"])) == 2
+    with pytest.raises(FailedPrecondition, match="ReindexModel") as refused:
+        await retrieval.embed_queries(_configure(replace(SPACE, revision="d" * 40)), ["a"])
+    assert refused.value.reason == "EMBEDDING_SPACE_CHANGED"
+    assert refused.value.data.metadata["fingerprint"] == SPACE.fingerprint
+    # Of before spaces were kept: it cannot be told.
+    assert len(await retrieval.embed_queries(_configure(None), ["a"])) == 1
+
+
+def test_a_percentile_becomes_the_threshold_that_it_is_in_the_space() -> None:
+    calibrated = _configure(SPACE, Calibration(9, 0.2, 0.1, (0.0, 50.0, 100.0), (-0.1, 0.2, 0.6))).index
+    settings = RetrievalSettings(similarity_percentile=75)
+    resolved = resolve_threshold(settings, calibrated)
+    assert resolved.similarity_percentile == 75
+    assert resolved.similarity_threshold == pytest.approx(0.4)
+    assert resolve_threshold(RetrievalSettings(), calibrated) == RetrievalSettings()
+    lexical = replace(settings, search_mode=SearchMode.LEXICAL)
+    assert resolve_threshold(lexical, None) == lexical
+    with pytest.raises(FailedPrecondition) as refused:
+        resolve_threshold(settings, _configure(SPACE).index)
+    assert refused.value.reason == "CALIBRATION_MISSING"

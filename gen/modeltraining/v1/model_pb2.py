@@ -25,10 +25,11 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from modeltraining.v1 import embedding_model_pb2 as modeltraining_dot_v1_dot_embedding__model__pb2
+from modeltraining.v1 import rag_index_pb2 as modeltraining_dot_v1_dot_rag__index__pb2
 from modeltraining.v1 import retrieval_pb2 as modeltraining_dot_v1_dot_retrieval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmodeltraining/v1/model.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a&modeltraining/v1/embedding_model.proto\x1a modeltraining/v1/retrieval.proto\"\xe4\t\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12*\n\x04type\x18\x02 \x01(\x0e\x32\x1c.modeltraining.v1.Model.Type\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.modeltraining.v1.Model.LabelsEntry\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.modeltraining.v1.Model.State\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x34\n\ttechnique\x18\x08 \x01(\x0e\x32!.modeltraining.v1.Model.Technique\x12\x1c\n\x0fserving_version\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rversion_count\x18\n \x01(\x05\x12(\n\x03rag\x18\x0b \x01(\x0b\x32\x1b.modeltraining.v1.Model.Rag\x12!\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x12.google.rpc.Status\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\xe9\x02\n\x03Rag\x12\x1a\n\x12generator_model_id\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x02 \x01(\t\x12 \n\x13\x65mbedding_dimension\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x34\n\tretrieval\x18\x04 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x12\x32\n\x08\x63hunking\x18\x05 \x01(\x0b\x32 .modeltraining.v1.ChunkingConfig\x12\x17\n\x0fprompt_template\x18\x06 \x01(\t\x12\x16\n\x0e\x64ocument_count\x18\x07 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x08 \x01(\x05\x12\x43\n\x11\x65mbedding_backend\x18\n \x01(\x0e\x32(.modeltraining.v1.EmbeddingModel.BackendB\x16\n\x14_embedding_dimension\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"N\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTYPE_FINE_TUNED\x10\x01\x12\x0c\n\x08TYPE_RAG\x10\x02\x12\r\n\tTYPE_BASE\x10\x03\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\"w\n\tTechnique\x12\x19\n\x15TECHNIQUE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTECHNIQUE_FULL\x10\x01\x12\x12\n\x0eTECHNIQUE_LORA\x10\x02\x12\x13\n\x0fTECHNIQUE_QLORA\x10\x03\x12\x12\n\x0eTECHNIQUE_PEFT\x10\x04\x42\x12\n\x10_serving_versionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmodeltraining/v1/model.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a&modeltraining/v1/embedding_model.proto\x1a modeltraining/v1/rag_index.proto\x1a modeltraining/v1/retrieval.proto\"\x8f\n\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12*\n\x04type\x18\x02 \x01(\x0e\x32\x1c.modeltraining.v1.Model.Type\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x33\n\x06labels\x18\x05 \x03(\x0b\x32#.modeltraining.v1.Model.LabelsEntry\x12,\n\x05state\x18\x06 \x01(\x0e\x32\x1d.modeltraining.v1.Model.State\x12\x12\n\nbase_model\x18\x07 \x01(\t\x12\x34\n\ttechnique\x18\x08 \x01(\x0e\x32!.modeltraining.v1.Model.Technique\x12\x1c\n\x0fserving_version\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x15\n\rversion_count\x18\n \x01(\x05\x12(\n\x03rag\x18\x0b \x01(\x0b\x32\x1b.modeltraining.v1.Model.Rag\x12!\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x12.google.rpc.Status\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a\x94\x03\n\x03Rag\x12\x1a\n\x12generator_model_id\x18\x01 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x02 \x01(\t\x12 \n\x13\x65mbedding_dimension\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12\x34\n\tretrieval\x18\x04 \x01(\x0b\x32!.modeltraining.v1.RetrievalConfig\x12\x32\n\x08\x63hunking\x18\x05 \x01(\x0b\x32 .modeltraining.v1.ChunkingConfig\x12\x17\n\x0fprompt_template\x18\x06 \x01(\t\x12\x16\n\x0e\x64ocument_count\x18\x07 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x08 \x01(\x05\x12)\n\x05index\x18\t \x01(\x0b\x32\x1a.modeltraining.v1.RagIndex\x12\x43\n\x11\x65mbedding_backend\x18\n \x01(\x0e\x32(.modeltraining.v1.EmbeddingModel.BackendB\x16\n\x14_embedding_dimension\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"N\n\x04Type\x12\x14\n\x10TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0fTYPE_FINE_TUNED\x10\x01\x12\x0c\n\x08TYPE_RAG\x10\x02\x12\r\n\tTYPE_BASE\x10\x03\"i\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_CREATING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x12\n\x0eSTATE_DELETING\x10\x04\"w\n\tTechnique\x12\x19\n\x15TECHNIQUE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTECHNIQUE_FULL\x10\x01\x12\x12\n\x0eTECHNIQUE_LORA\x10\x02\x12\x13\n\x0fTECHNIQUE_QLORA\x10\x03\x12\x12\n\x0eTECHNIQUE_PEFT\x10\x04\x42\x12\n\x10_serving_versionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,16 +38,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL_LABELSENTRY']._loaded_options = None
   _globals['_MODEL_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_MODEL']._serialized_start=183
-  _globals['_MODEL']._serialized_end=1435
-  _globals['_MODEL_RAG']._serialized_start=699
-  _globals['_MODEL_RAG']._serialized_end=1060
-  _globals['_MODEL_LABELSENTRY']._serialized_start=1062
-  _globals['_MODEL_LABELSENTRY']._serialized_end=1107
-  _globals['_MODEL_TYPE']._serialized_start=1109
-  _globals['_MODEL_TYPE']._serialized_end=1187
-  _globals['_MODEL_STATE']._serialized_start=1189
-  _globals['_MODEL_STATE']._serialized_end=1294
-  _globals['_MODEL_TECHNIQUE']._serialized_start=1296
-  _globals['_MODEL_TECHNIQUE']._serialized_end=1415
+  _globals['_MODEL']._serialized_start=217
+  _globals['_MODEL']._serialized_end=1512
+  _globals['_MODEL_RAG']._serialized_start=733
+  _globals['_MODEL_RAG']._serialized_end=1137
+  _globals['_MODEL_LABELSENTRY']._serialized_start=1139
+  _globals['_MODEL_LABELSENTRY']._serialized_end=1184
+  _globals['_MODEL_TYPE']._serialized_start=1186
+  _globals['_MODEL_TYPE']._serialized_end=1264
+  _globals['_MODEL_STATE']._serialized_start=1266
+  _globals['_MODEL_STATE']._serialized_end=1371
+  _globals['_MODEL_TECHNIQUE']._serialized_start=1373
+  _globals['_MODEL_TECHNIQUE']._serialized_end=1492
 # @@protoc_insertion_point(module_scope)

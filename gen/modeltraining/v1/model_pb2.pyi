@@ -11,6 +11,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
 from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
+from modeltraining.v1 import rag_index_pb2 as _rag_index_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
 import builtins as _builtins
 import sys
@@ -132,11 +133,12 @@ class Model(_message.Message):
         PROMPT_TEMPLATE_FIELD_NUMBER: _builtins.int
         DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
         CHUNK_COUNT_FIELD_NUMBER: _builtins.int
+        INDEX_FIELD_NUMBER: _builtins.int
         EMBEDDING_BACKEND_FIELD_NUMBER: _builtins.int
         generator_model_id: _builtins.str
         """Model that writes the answers: a base model or a fine-tuned model."""
         embedding_model: _builtins.str
-        """Model that embeds documents and queries. Never changes."""
+        """Model that embeds documents and queries. Only ReindexModel changes it."""
         embedding_dimension: _builtins.int
         """Length of the vectors. Unset: not known before the first document was embedded."""
         prompt_template: _builtins.str
@@ -155,6 +157,10 @@ class Model(_message.Message):
         def chunking(self) -> _retrieval_pb2.ChunkingConfig:
             """How documents are cut, every value filled in."""
 
+        @_builtins.property
+        def index(self) -> _rag_index_pb2.RagIndex:
+            """The index that answers."""
+
         def __init__(
             self,
             *,
@@ -166,11 +172,12 @@ class Model(_message.Message):
             prompt_template: _builtins.str = ...,
             document_count: _builtins.int = ...,
             chunk_count: _builtins.int = ...,
+            index: _rag_index_pb2.RagIndex | None = ...,
             embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunking", b"chunking", "embedding_dimension", b"embedding_dimension", "retrieval", b"retrieval"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunking", b"chunking", "embedding_dimension", b"embedding_dimension", "index", b"index", "retrieval", b"retrieval"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunk_count", b"chunk_count", "chunking", b"chunking", "document_count", b"document_count", "embedding_backend", b"embedding_backend", "embedding_dimension", b"embedding_dimension", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension", "chunk_count", b"chunk_count", "chunking", b"chunking", "document_count", b"document_count", "embedding_backend", b"embedding_backend", "embedding_dimension", b"embedding_dimension", "embedding_model", b"embedding_model", "generator_model_id", b"generator_model_id", "index", b"index", "prompt_template", b"prompt_template", "retrieval", b"retrieval"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__embedding_dimension: _TypeAlias = _typing.Literal["embedding_dimension"]  # noqa: Y015
         _WhichOneofArgType__embedding_dimension: _TypeAlias = _typing.Literal["_embedding_dimension", b"_embedding_dimension"]  # noqa: Y015

@@ -545,6 +545,78 @@ class CreateRagModelResponse(_message.Message):
 Global___CreateRagModelResponse: _TypeAlias = CreateRagModelResponse  # noqa: Y015
 
 @_typing.final
+class ReindexModelRequest(_message.Message):
+    """Asks for another index."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
+    CHUNKING_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """The RAG model, `mdl_…`; it is READY. Required."""
+    embedding_model: _builtins.str
+    """Model that embeds from then on, by hub name, alias or path. Default: the model's own, as its files are now."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check, create nothing; the answer shows what would be created, without ids. Default false."""
+    @_builtins.property
+    def chunking(self) -> _retrieval_pb2.ChunkingConfig:
+        """How documents are cut from then on. Each field that is left out stays as it is."""
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        embedding_model: _builtins.str = ...,
+        chunking: _retrieval_pb2.ChunkingConfig | None = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "embedding_model", b"embedding_model", "model_id", b"model_id", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReindexModelRequest: _TypeAlias = ReindexModelRequest  # noqa: Y015
+
+@_typing.final
+class ReindexModelResponse(_message.Message):
+    """An index to be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRAINING_JOB_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def training_job(self) -> _training_job_pb2.TrainingJob:
+        """The job that builds it."""
+
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[_finding_pb2.Finding]:
+        """What may disappoint, for example EMBEDDING_MODEL_NOT_TUNED."""
+
+    def __init__(
+        self,
+        *,
+        training_job: _training_job_pb2.TrainingJob | None = ...,
+        findings: _abc.Iterable[_finding_pb2.Finding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["training_job", b"training_job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "training_job", b"training_job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReindexModelResponse: _TypeAlias = ReindexModelResponse  # noqa: Y015
+
+@_typing.final
 class AddDocumentsRequest(_message.Message):
     """Adds documents."""
 

@@ -116,6 +116,11 @@ class ModelServiceStub:
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.FromString,
                 _registered_method=True)
+        self.ReindexModel = channel.unary_unary(
+                '/modeltraining.v1.ModelService/ReindexModel',
+                request_serializer=modeltraining_dot_v1_dot_model__service__pb2.ReindexModelRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ReindexModelResponse.FromString,
+                _registered_method=True)
         self.UploadDocument = channel.stream_unary(
                 '/modeltraining.v1.ModelService/UploadDocument',
                 request_serializer=modeltraining_dot_v1_dot_model__service__pb2.UploadDocumentRequest.SerializeToString,
@@ -280,6 +285,15 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReindexModel(self, request, context):
+        """Creates the job that builds a RAG model's index anew, with another embedding model or another chunking, beside the one that answers. At
+        the job's end the new one answers, with all documents as they are then; if it fails or is cancelled, nothing changes.
+        FAILED_PRECONDITION while another one is being built.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadDocument(self, request_iterator, context):
         """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
         in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
@@ -432,6 +446,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.CreateRagModel,
                     request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.SerializeToString,
+            ),
+            'ReindexModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReindexModel,
+                    request_deserializer=modeltraining_dot_v1_dot_model__service__pb2.ReindexModelRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_model__service__pb2.ReindexModelResponse.SerializeToString,
             ),
             'UploadDocument': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadDocument,
@@ -890,6 +909,33 @@ class ModelService:
             '/modeltraining.v1.ModelService/CreateRagModel',
             modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelRequest.SerializeToString,
             modeltraining_dot_v1_dot_model__service__pb2.CreateRagModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReindexModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.ModelService/ReindexModel',
+            modeltraining_dot_v1_dot_model__service__pb2.ReindexModelRequest.SerializeToString,
+            modeltraining_dot_v1_dot_model__service__pb2.ReindexModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -75,6 +75,11 @@ class ModelServiceStub:
     """
     CreateRagModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]
     """Creates a RAG model and the job that indexes its documents."""
+    ReindexModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ReindexModelRequest, _model_service_pb2.ReindexModelResponse]
+    """Creates the job that builds a RAG model's index anew, with another embedding model or another chunking, beside the one that answers. At
+    the job's end the new one answers, with all documents as they are then; if it fails or is cancelled, nothing changes.
+    FAILED_PRECONDITION while another one is being built.
+    """
     UploadDocument: _grpc.StreamUnaryMultiCallable[_model_service_pb2.UploadDocumentRequest, _document_pb2.Document]
     """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
     in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
@@ -145,6 +150,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     CreateRagModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.CreateRagModelRequest, _model_service_pb2.CreateRagModelResponse]  # type: ignore[assignment]
     """Creates a RAG model and the job that indexes its documents."""
+    ReindexModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ReindexModelRequest, _model_service_pb2.ReindexModelResponse]  # type: ignore[assignment]
+    """Creates the job that builds a RAG model's index anew, with another embedding model or another chunking, beside the one that answers. At
+    the job's end the new one answers, with all documents as they are then; if it fails or is cancelled, nothing changes.
+    FAILED_PRECONDITION while another one is being built.
+    """
     UploadDocument: _aio.StreamUnaryMultiCallable[_model_service_pb2.UploadDocumentRequest, _document_pb2.Document]  # type: ignore[assignment]
     """Adds a file to a RAG model: PDF, DOCX, PPTX, HTML, Markdown, plain text, CSV or JSONL, told by its content. The answer is PENDING; the job
     in `job_id` reads and indexes it. A file takes the place of the document with its `document_id`, else of the one with its `source_uri`,
@@ -302,6 +312,17 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.CreateRagModelResponse, _abc.Awaitable[_model_service_pb2.CreateRagModelResponse]]:
         """Creates a RAG model and the job that indexes its documents."""
+
+    @_abc_1.abstractmethod
+    def ReindexModel(
+        self,
+        request: _model_service_pb2.ReindexModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.ReindexModelResponse, _abc.Awaitable[_model_service_pb2.ReindexModelResponse]]:
+        """Creates the job that builds a RAG model's index anew, with another embedding model or another chunking, beside the one that answers. At
+        the job's end the new one answers, with all documents as they are then; if it fails or is cancelled, nothing changes.
+        FAILED_PRECONDITION while another one is being built.
+        """
 
     @_abc_1.abstractmethod
     def UploadDocument(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/retrieval.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xfe\x05\n\x0fRetrievalConfig\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12!\n\x14similarity_threshold\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x41\n\x0bsearch_mode\x18\x03 \x01(\x0e\x32,.modeltraining.v1.RetrievalConfig.SearchMode\x12\x19\n\x0c\x64\x65nse_weight\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0elexical_weight\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x38\n\x06rerank\x18\x06 \x01(\x0b\x32(.modeltraining.v1.RetrievalConfig.Rerank\x12\x30\n\x06\x66ilter\x18\x07 \x01(\x0b\x32 .modeltraining.v1.MetadataFilter\x12\x1f\n\x12max_context_tokens\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12$\n\x17max_chunks_per_document\x18\t \x01(\x05H\x05\x88\x01\x01\x12\x17\n\nmmr_lambda\x18\n \x01(\x01H\x06\x88\x01\x01\x1aq\n\x06Rerank\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\ncandidates\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_candidatesB\x12\n\x10_timeout_seconds\"q\n\nSearchMode\x12\x1b\n\x17SEARCH_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11SEARCH_MODE_DENSE\x10\x01\x12\x17\n\x13SEARCH_MODE_LEXICAL\x10\x02\x12\x16\n\x12SEARCH_MODE_HYBRID\x10\x03\x42\x08\n\x06_top_kB\x17\n\x15_similarity_thresholdB\x0f\n\r_dense_weightB\x11\n\x0f_lexical_weightB\x15\n\x13_max_context_tokensB\x1a\n\x18_max_chunks_per_documentB\r\n\x0b_mmr_lambda\"\xfc\x02\n\x0eMetadataFilter\x12>\n\nconditions\x18\x01 \x03(\x0b\x32*.modeltraining.v1.MetadataFilter.Condition\x1a\xa9\x02\n\tCondition\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x06\x65quals\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueH\x00\x12,\n\x06\x61ny_of\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.ListValueH\x00\x12\x41\n\x05range\x18\x04 \x01(\x0b\x32\x30.modeltraining.v1.MetadataFilter.Condition.RangeH\x00\x12\x10\n\x06\x65xists\x18\x05 \x01(\x08H\x00\x1aZ\n\x05Range\x12(\n\x08\x61t_least\x18\x01 \x01(\x0b\x32\x16.google.protobuf.Value\x12\'\n\x07\x61t_most\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueB\x06\n\x04test\"h\n\x0e\x43hunkingConfig\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eoverlap_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\x11\n\x0f_overlap_tokens\"\xa3\x03\n\x0eRetrievedChunk\x12\x10\n\x08\x63hunk_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x11\n\x04page\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nchar_start\x18\x06 \x01(\x05\x12\x10\n\x08\x63har_end\x18\x07 \x01(\x05\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x37\n\x06scores\x18\t \x01(\x0b\x32\'.modeltraining.v1.RetrievedChunk.Scores\x12\x14\n\x0cheading_path\x18\n \x03(\t\x1a\x90\x01\n\x06Scores\x12\x17\n\nsimilarity\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07lexical\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x66used\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x13\n\x06rerank\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\r\n\x0b_similarityB\n\n\x08_lexicalB\x08\n\x06_fusedB\t\n\x07_rerankB\x07\n\x05_page\"\x92\x01\n\x08\x43itation\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x10\n\x08\x63hunk_id\x18\x02 \x01(\t\x12\x12\n\nchar_start\x18\x03 \x01(\x05\x12\x10\n\x08\x63har_end\x18\x04 \x01(\x05\x12\x11\n\x04page\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05quote\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\x05\x42\x07\n\x05_page\"p\n\x10RetrievalTimings\x12\x15\n\rembed_seconds\x18\x01 \x01(\x01\x12\x16\n\x0esearch_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12\x16\n\x0ererank_seconds\x18\x04 \x01(\x01\"\xd1\x01\n\rRerankOutcome\x12\x10\n\x08reranked\x18\x01 \x01(\x08\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.modeltraining.v1.RerankOutcome.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x17\n\x0f\x63\x61ndidate_count\x18\x04 \x01(\x05\"L\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_TIMEOUT\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/retrieval.proto\x12\x10modeltraining.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xbc\x06\n\x0fRetrievalConfig\x12\x12\n\x05top_k\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12!\n\x14similarity_threshold\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x41\n\x0bsearch_mode\x18\x03 \x01(\x0e\x32,.modeltraining.v1.RetrievalConfig.SearchMode\x12\x19\n\x0c\x64\x65nse_weight\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0elexical_weight\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x38\n\x06rerank\x18\x06 \x01(\x0b\x32(.modeltraining.v1.RetrievalConfig.Rerank\x12\x30\n\x06\x66ilter\x18\x07 \x01(\x0b\x32 .modeltraining.v1.MetadataFilter\x12\x1f\n\x12max_context_tokens\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12$\n\x17max_chunks_per_document\x18\t \x01(\x05H\x05\x88\x01\x01\x12\x17\n\nmmr_lambda\x18\n \x01(\x01H\x06\x88\x01\x01\x12\"\n\x15similarity_percentile\x18\x0b \x01(\x01H\x07\x88\x01\x01\x1aq\n\x06Rerank\x12\r\n\x05model\x18\x01 \x01(\t\x12\x17\n\ncandidates\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\r\n\x0b_candidatesB\x12\n\x10_timeout_seconds\"q\n\nSearchMode\x12\x1b\n\x17SEARCH_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11SEARCH_MODE_DENSE\x10\x01\x12\x17\n\x13SEARCH_MODE_LEXICAL\x10\x02\x12\x16\n\x12SEARCH_MODE_HYBRID\x10\x03\x42\x08\n\x06_top_kB\x17\n\x15_similarity_thresholdB\x0f\n\r_dense_weightB\x11\n\x0f_lexical_weightB\x15\n\x13_max_context_tokensB\x1a\n\x18_max_chunks_per_documentB\r\n\x0b_mmr_lambdaB\x18\n\x16_similarity_percentile\"\xfc\x02\n\x0eMetadataFilter\x12>\n\nconditions\x18\x01 \x03(\x0b\x32*.modeltraining.v1.MetadataFilter.Condition\x1a\xa9\x02\n\tCondition\x12\x0b\n\x03key\x18\x01 \x01(\t\x12(\n\x06\x65quals\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueH\x00\x12,\n\x06\x61ny_of\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.ListValueH\x00\x12\x41\n\x05range\x18\x04 \x01(\x0b\x32\x30.modeltraining.v1.MetadataFilter.Condition.RangeH\x00\x12\x10\n\x06\x65xists\x18\x05 \x01(\x08H\x00\x1aZ\n\x05Range\x12(\n\x08\x61t_least\x18\x01 \x01(\x0b\x32\x16.google.protobuf.Value\x12\'\n\x07\x61t_most\x18\x02 \x01(\x0b\x32\x16.google.protobuf.ValueB\x06\n\x04test\"h\n\x0e\x43hunkingConfig\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1b\n\x0eoverlap_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\r\n\x0b_max_tokensB\x11\n\x0f_overlap_tokens\"\xa3\x03\n\x0eRetrievedChunk\x12\x10\n\x08\x63hunk_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05title\x18\x04 \x01(\t\x12\x11\n\x04page\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nchar_start\x18\x06 \x01(\x05\x12\x10\n\x08\x63har_end\x18\x07 \x01(\x05\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x37\n\x06scores\x18\t \x01(\x0b\x32\'.modeltraining.v1.RetrievedChunk.Scores\x12\x14\n\x0cheading_path\x18\n \x03(\t\x1a\x90\x01\n\x06Scores\x12\x17\n\nsimilarity\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07lexical\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x66used\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x13\n\x06rerank\x18\x04 \x01(\x01H\x03\x88\x01\x01\x42\r\n\x0b_similarityB\n\n\x08_lexicalB\x08\n\x06_fusedB\t\n\x07_rerankB\x07\n\x05_page\"\x92\x01\n\x08\x43itation\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x10\n\x08\x63hunk_id\x18\x02 \x01(\t\x12\x12\n\nchar_start\x18\x03 \x01(\x05\x12\x10\n\x08\x63har_end\x18\x04 \x01(\x05\x12\x11\n\x04page\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\r\n\x05quote\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\x05\x42\x07\n\x05_page\"p\n\x10RetrievalTimings\x12\x15\n\rembed_seconds\x18\x01 \x01(\x01\x12\x16\n\x0esearch_seconds\x18\x02 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x03 \x01(\x01\x12\x16\n\x0ererank_seconds\x18\x04 \x01(\x01\"\xd1\x01\n\rRerankOutcome\x12\x10\n\x08reranked\x18\x01 \x01(\x08\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.modeltraining.v1.RerankOutcome.Reason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x17\n\x0f\x63\x61ndidate_count\x18\x04 \x01(\x05\"L\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x12\n\x0eREASON_TIMEOUT\x10\x01\x12\x16\n\x12REASON_UNAVAILABLE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,29 +33,29 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.retrieval_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RETRIEVALCONFIG']._serialized_start=85
-  _globals['_RETRIEVALCONFIG']._serialized_end=851
-  _globals['_RETRIEVALCONFIG_RERANK']._serialized_start=486
-  _globals['_RETRIEVALCONFIG_RERANK']._serialized_end=599
-  _globals['_RETRIEVALCONFIG_SEARCHMODE']._serialized_start=601
-  _globals['_RETRIEVALCONFIG_SEARCHMODE']._serialized_end=714
-  _globals['_METADATAFILTER']._serialized_start=854
-  _globals['_METADATAFILTER']._serialized_end=1234
-  _globals['_METADATAFILTER_CONDITION']._serialized_start=937
-  _globals['_METADATAFILTER_CONDITION']._serialized_end=1234
-  _globals['_METADATAFILTER_CONDITION_RANGE']._serialized_start=1136
-  _globals['_METADATAFILTER_CONDITION_RANGE']._serialized_end=1226
-  _globals['_CHUNKINGCONFIG']._serialized_start=1236
-  _globals['_CHUNKINGCONFIG']._serialized_end=1340
-  _globals['_RETRIEVEDCHUNK']._serialized_start=1343
-  _globals['_RETRIEVEDCHUNK']._serialized_end=1762
-  _globals['_RETRIEVEDCHUNK_SCORES']._serialized_start=1609
-  _globals['_RETRIEVEDCHUNK_SCORES']._serialized_end=1753
-  _globals['_CITATION']._serialized_start=1765
-  _globals['_CITATION']._serialized_end=1911
-  _globals['_RETRIEVALTIMINGS']._serialized_start=1913
-  _globals['_RETRIEVALTIMINGS']._serialized_end=2025
-  _globals['_RERANKOUTCOME']._serialized_start=2028
-  _globals['_RERANKOUTCOME']._serialized_end=2237
-  _globals['_RERANKOUTCOME_REASON']._serialized_start=2161
-  _globals['_RERANKOUTCOME_REASON']._serialized_end=2237
+  _globals['_RETRIEVALCONFIG']._serialized_end=913
+  _globals['_RETRIEVALCONFIG_RERANK']._serialized_start=522
+  _globals['_RETRIEVALCONFIG_RERANK']._serialized_end=635
+  _globals['_RETRIEVALCONFIG_SEARCHMODE']._serialized_start=637
+  _globals['_RETRIEVALCONFIG_SEARCHMODE']._serialized_end=750
+  _globals['_METADATAFILTER']._serialized_start=916
+  _globals['_METADATAFILTER']._serialized_end=1296
+  _globals['_METADATAFILTER_CONDITION']._serialized_start=999
+  _globals['_METADATAFILTER_CONDITION']._serialized_end=1296
+  _globals['_METADATAFILTER_CONDITION_RANGE']._serialized_start=1198
+  _globals['_METADATAFILTER_CONDITION_RANGE']._serialized_end=1288
+  _globals['_CHUNKINGCONFIG']._serialized_start=1298
+  _globals['_CHUNKINGCONFIG']._serialized_end=1402
+  _globals['_RETRIEVEDCHUNK']._serialized_start=1405
+  _globals['_RETRIEVEDCHUNK']._serialized_end=1824
+  _globals['_RETRIEVEDCHUNK_SCORES']._serialized_start=1671
+  _globals['_RETRIEVEDCHUNK_SCORES']._serialized_end=1815
+  _globals['_CITATION']._serialized_start=1827
+  _globals['_CITATION']._serialized_end=1973
+  _globals['_RETRIEVALTIMINGS']._serialized_start=1975
+  _globals['_RETRIEVALTIMINGS']._serialized_end=2087
+  _globals['_RERANKOUTCOME']._serialized_start=2090
+  _globals['_RERANKOUTCOME']._serialized_end=2299
+  _globals['_RERANKOUTCOME_REASON']._serialized_start=2223
+  _globals['_RERANKOUTCOME_REASON']._serialized_end=2299
 # @@protoc_insertion_point(module_scope)

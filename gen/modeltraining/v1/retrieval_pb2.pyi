@@ -100,6 +100,7 @@ class RetrievalConfig(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_CHUNKS_PER_DOCUMENT_FIELD_NUMBER: _builtins.int
     MMR_LAMBDA_FIELD_NUMBER: _builtins.int
+    SIMILARITY_PERCENTILE_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many chunks are answered at most, 1 to 1000. Default 5."""
     similarity_threshold: _builtins.float
@@ -124,6 +125,11 @@ class RetrievalConfig(_message.Message):
     which they were chosen; with `rerank` they are the candidates. Relevance is the similarity, in LEXICAL and HYBRID the score as a share
     of the best one. Default 1.
     """
+    similarity_percentile: _builtins.float
+    """The threshold as a percentile of the index's own calibration, 0 to 100: chunks are left out that are less similar than so many percent
+    of unrelated pairs of texts are in its embedding space. At most one of it and `similarity_threshold` is given, and takes the place of
+    the other. What was searched with tells both: `similarity_threshold` is what the percentile came to. Unset: `similarity_threshold` rules.
+    """
     @_builtins.property
     def rerank(self) -> Global___RetrievalConfig.Rerank:
         """Scoring again with a cross-encoder. Unset: none."""
@@ -145,10 +151,11 @@ class RetrievalConfig(_message.Message):
         max_context_tokens: _builtins.int | None = ...,
         max_chunks_per_document: _builtins.int | None = ...,
         mmr_lambda: _builtins.float | None = ...,
+        similarity_percentile: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_percentile", b"_similarity_percentile", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "similarity_percentile", b"similarity_percentile", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "search_mode", b"search_mode", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight", "_lexical_weight", b"_lexical_weight", "_max_chunks_per_document", b"_max_chunks_per_document", "_max_context_tokens", b"_max_context_tokens", "_mmr_lambda", b"_mmr_lambda", "_similarity_percentile", b"_similarity_percentile", "_similarity_threshold", b"_similarity_threshold", "_top_k", b"_top_k", "dense_weight", b"dense_weight", "filter", b"filter", "lexical_weight", b"lexical_weight", "max_chunks_per_document", b"max_chunks_per_document", "max_context_tokens", b"max_context_tokens", "mmr_lambda", b"mmr_lambda", "rerank", b"rerank", "search_mode", b"search_mode", "similarity_percentile", b"similarity_percentile", "similarity_threshold", b"similarity_threshold", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dense_weight: _TypeAlias = _typing.Literal["dense_weight"]  # noqa: Y015
     _WhichOneofArgType__dense_weight: _TypeAlias = _typing.Literal["_dense_weight", b"_dense_weight"]  # noqa: Y015
@@ -160,6 +167,8 @@ class RetrievalConfig(_message.Message):
     _WhichOneofArgType__max_context_tokens: _TypeAlias = _typing.Literal["_max_context_tokens", b"_max_context_tokens"]  # noqa: Y015
     _WhichOneofReturnType__mmr_lambda: _TypeAlias = _typing.Literal["mmr_lambda"]  # noqa: Y015
     _WhichOneofArgType__mmr_lambda: _TypeAlias = _typing.Literal["_mmr_lambda", b"_mmr_lambda"]  # noqa: Y015
+    _WhichOneofReturnType__similarity_percentile: _TypeAlias = _typing.Literal["similarity_percentile"]  # noqa: Y015
+    _WhichOneofArgType__similarity_percentile: _TypeAlias = _typing.Literal["_similarity_percentile", b"_similarity_percentile"]  # noqa: Y015
     _WhichOneofReturnType__similarity_threshold: _TypeAlias = _typing.Literal["similarity_threshold"]  # noqa: Y015
     _WhichOneofArgType__similarity_threshold: _TypeAlias = _typing.Literal["_similarity_threshold", b"_similarity_threshold"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
@@ -174,6 +183,8 @@ class RetrievalConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_context_tokens) -> _WhichOneofReturnType__max_context_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mmr_lambda) -> _WhichOneofReturnType__mmr_lambda | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity_percentile) -> _WhichOneofReturnType__similarity_percentile | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__similarity_threshold) -> _WhichOneofReturnType__similarity_threshold | None: ...
     @_typing.overload

@@ -300,9 +300,15 @@ class TrainingJob(_message.Message):
 
         EMBEDDING_MODEL_FIELD_NUMBER: _builtins.int
         CHUNKING_FIELD_NUMBER: _builtins.int
+        INDEX_NUMBER_FIELD_NUMBER: _builtins.int
+        REINDEX_FIELD_NUMBER: _builtins.int
         EMBEDDING_BACKEND_FIELD_NUMBER: _builtins.int
         embedding_model: _builtins.str
         """Model that embeds."""
+        index_number: _builtins.int
+        """Number of the model's index that it works on, from 1."""
+        reindex: _builtins.bool
+        """True: it builds that index beside the one that answers, of all documents, and lets it answer at its end."""
         embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType
         """In which numbers it embeds."""
         @_builtins.property
@@ -314,11 +320,13 @@ class TrainingJob(_message.Message):
             *,
             embedding_model: _builtins.str = ...,
             chunking: _retrieval_pb2.ChunkingConfig | None = ...,
+            index_number: _builtins.int = ...,
+            reindex: _builtins.bool = ...,
             embedding_backend: _embedding_model_pb2.EmbeddingModel.Backend.ValueType = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "embedding_backend", b"embedding_backend", "embedding_model", b"embedding_model"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["chunking", b"chunking", "embedding_backend", b"embedding_backend", "embedding_model", b"embedding_model", "index_number", b"index_number", "reindex", b"reindex"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -99,6 +99,8 @@ def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
             embedding_model=spec.embedding_model,
             chunking=chunking_to_proto(spec.chunking),
             embedding_backend=backend_to_proto(spec.embedding_backend),
+            index_number=spec.index_number,
+            reindex=spec.is_reindex,
         )
     )
 

@@ -10,6 +10,7 @@ from server.api.mappers.embedding import backend_from_proto, backend_to_proto
 from server.api.mappers.findings import finding_to_proto
 from server.api.mappers.fine_tuning import parameters_from_proto, version_from_proto
 from server.api.mappers.jobs import job_to_proto
+from server.api.mappers.rag_indexes import index_to_proto
 from server.api.mappers.retrieval import chunking_to_proto, overrides_from_proto, settings_to_proto
 from server.api.mappers.techniques import technique_from_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
@@ -40,17 +41,21 @@ def model_to_proto(model: Model) -> model_pb2.Model:
 
 
 def rag_to_proto(rag: RagConfiguration, document_count: int, chunk_count: int) -> model_pb2.Model.Rag:
-    """Write what a RAG model is made of."""
+    """Write what a RAG model is made of. A threshold that a percentile rules in place of stays unset."""
+    retrieval = settings_to_proto(rag.retrieval)
+    if rag.retrieval.similarity_percentile is not None:
+        retrieval.ClearField("similarity_threshold")
     return model_pb2.Model.Rag(
         generator_model_id=rag.generator_model_id,
         embedding_model=rag.embedding_model,
         embedding_dimension=rag.index.dimension if rag.index else None,
-        retrieval=settings_to_proto(rag.retrieval),
+        retrieval=retrieval,
         chunking=chunking_to_proto(rag.chunking),
         prompt_template=rag.prompt_template,
         document_count=document_count,
         chunk_count=chunk_count,
         embedding_backend=backend_to_proto(rag.embedding_backend),
+        index=index_to_proto(rag.index) if rag.index else None,
     )
 
 

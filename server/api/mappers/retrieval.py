@@ -28,6 +28,7 @@ def settings_to_proto(settings: RetrievalSettings) -> retrieval_pb2.RetrievalCon
     return retrieval_pb2.RetrievalConfig(
         top_k=settings.top_k,
         similarity_threshold=settings.similarity_threshold,
+        similarity_percentile=settings.similarity_percentile,
         search_mode=enum_to_proto(retrieval_pb2.RetrievalConfig.SearchMode, "SEARCH_MODE", settings.search_mode),
         dense_weight=settings.dense_weight,
         lexical_weight=settings.lexical_weight,
@@ -55,6 +56,7 @@ def overrides_from_proto(message: retrieval_pb2.RetrievalConfig, found: Violatio
     return RetrievalOverrides(
         top_k=message.top_k if message.HasField("top_k") else None,
         similarity_threshold=message.similarity_threshold if message.HasField("similarity_threshold") else None,
+        similarity_percentile=message.similarity_percentile if message.HasField("similarity_percentile") else None,
         search_mode=mode,
         max_context_tokens=message.max_context_tokens if message.HasField("max_context_tokens") else None,
         dense_weight=message.dense_weight if message.HasField("dense_weight") else None,
