@@ -196,6 +196,7 @@ def test_sixteen_bits_give_nearly_the_vectors_of_32_and_the_same_ranking_and_bot
     passages, queries = read_paragraphs(), ["How do I send a parcel?", "What may wheelchairs do?", "When is the market open?"]
     half = minilm.load(MINILM, EmbeddingBackend.BFLOAT16)
     assert half is not minilm.load(MINILM)
+    assert half.space.fingerprint != minilm.load(MINILM).space.fingerprint
     assert half is minilm.load("all-MiniLM-L6-v2", EmbeddingBackend.BFLOAT16)
     rough, asked = half.encode(passages, EmbedRole.PASSAGE), half.encode(queries, EmbedRole.QUERY)
     exact = minilm.embed(MINILM, passages, EmbedRole.PASSAGE)
