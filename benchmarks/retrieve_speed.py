@@ -36,7 +36,6 @@ from server.db.migrate import migrate
 from server.db.search import build_search
 from server.db.vector_placement import INDEXED_FROM_CHUNKS, PostgresVectorTables
 from server.domain.embeddings import Embeddings
-from server.domain.generation import EmbedRole
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunking, MetadataCondition, RetrievalSettings, Search, SearchMode, SearchPlace
 from server.services.inference_service import InferenceService
@@ -84,7 +83,7 @@ class LookedUp:
     def __init__(self, sizes: Sequence[int]) -> None:
         self._vectors = {text: vector for size in sizes for text, vector in make_queries(Collection(size)).items()}
 
-    async def embed(self, _model: str, texts: Sequence[str], _role: EmbedRole) -> Embeddings:
+    async def embed(self, _model: str, texts: Sequence[str], *_: object) -> Embeddings:
         """Give what was looked up."""
         return Embeddings([self._vectors[text] for text in texts], DIMENSION, [QUERY_WORDS] * len(texts), QUERY_WORDS)
 
