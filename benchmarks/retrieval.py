@@ -35,7 +35,7 @@ from server.domain.retrieval_evaluation import Relevant, RetrievalEvaluation, Re
 from server.domain.specs import IndexSpec
 from server.rag.embedding import Embedder
 from server.services.job_queue import ClaimLimits
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.requests import Candidate, EvaluateRetrieval
 from server.services.retrieval import Retrieval
 from server.services.retrieval_evaluation import RetrievalEvaluator

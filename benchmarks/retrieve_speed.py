@@ -41,7 +41,7 @@ from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunking, MetadataCondition, RetrievalSettings, Search, SearchMode, SearchPlace
 from server.services.inference_service import InferenceService
 from server.services.lexical.analysis import analyse_query
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.retrieval import Retrieval
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from server.domain.catalogue import find_embedding_model
 from server.domain.embeddings import EmbeddingBackend, Embeddings
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.requests import Embed
 from server.services.validation import MAX_MODEL_CHARACTERS, Violations
 

@@ -16,7 +16,8 @@ from server.domain.specs import FineTuneSpec, TrainingParameters
 from server.domain.techniques import FullTechnique, LoraTechnique, QloraTechnique, Technique
 from server.services.machine import Machine
 from server.services.memory_model import DEFAULT_MICRO_BATCH_TOKENS, estimate_disk, estimate_flops_per_token, estimate_memory
-from server.services.ports import BaseModels, TrainingSpeed
+from server.services.model_ports import BaseModels
+from server.services.ports import TrainingSpeed
 from server.services.record_lengths import InlineRecords, LengthMeasurer, RecordLengths
 
 # How far the memory model was off, over techniques and families.

@@ -20,7 +20,8 @@ from server.domain.techniques import LoraTechnique
 from server.services.datasets import Datasets
 from server.services.estimating import Estimator, refuse_if_too_big
 from server.services.idempotency import find_issued, hash_body, remember
-from server.services.ports import BaseModels, Database, Transaction
+from server.services.model_ports import BaseModels
+from server.services.ports import Database, Transaction
 from server.services.record_lengths import InlineRecords
 from server.services.requests import Created, CreateFineTunedModel
 from server.services.technique_checks import check_technique

@@ -17,7 +17,7 @@ from server.domain.generation import (
     TokenEvent,
     TokenUsage,
 )
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 
 MAX_SEED = 2**31 - 1
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from server.domain.generation import GenerationRequest, ModelReference, RenderedPrompt
 from server.services.embedding import Embedding
 from server.services.generating import AnswerEvent, Generation, collect, generate_choices, limit_time
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.rag_answers import RagAnswers
 from server.services.references import References
 from server.services.requests import Generate

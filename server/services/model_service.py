@@ -12,8 +12,9 @@ from server.domain.estimates import Estimate
 from server.domain.models import Model, RagConfiguration
 from server.services.documents import Documents
 from server.services.fine_tuning import FineTuning
+from server.services.model_ports import BaseModels, Engine
 from server.services.paging import close_page, open_page
-from server.services.ports import BaseModels, Database, Engine, Files
+from server.services.ports import Database, Files
 from server.services.rag_models import RagModels, check_prompt_template, merge_retrieval
 from server.services.reindexing import Reindexed, Reindexing
 from server.services.requests import (

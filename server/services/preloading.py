@@ -8,7 +8,7 @@ from contextlib import suppress
 from server.domain.engines import EngineStatus
 from server.domain.errors import ServiceError
 from server.domain.generation import ModelReference
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.references import References
 
 LOOK_SECONDS = 5.0  # how often it is looked at whether a new engine or a promotion calls for loading

@@ -8,8 +8,9 @@ from server.domain.orders import DatasetFile
 from server.domain.previews import PreviewedRecord, PreviewOrder
 from server.domain.specs import LossOn, OverlongPolicy
 from server.services.fine_tuning import check_base_model
+from server.services.model_ports import BaseModels, Engine
 from server.services.paging import close_page, open_numbered_page
-from server.services.ports import BaseModels, Database, Engine
+from server.services.ports import Database
 from server.services.requests import PageRequest, PreviewDataset
 from server.services.validation import MAX_CONTEXT_TOKENS, Violations
 

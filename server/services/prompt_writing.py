@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from server.domain.generation import ChatMessage, ModelReference
 from server.domain.retrieval import MetadataValue, RetrievedChunk
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.prompt_templates import PromptSource
 from server.services.rag_prompt import (
     build_messages,

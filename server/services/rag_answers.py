@@ -17,7 +17,7 @@ from server.domain.retrieval import Citation, RerankOutcome, RetrievedChunk
 from server.services.citations import cite_answer
 from server.services.followups import make_self_standing
 from server.services.languages import NOTHING_FOUND, detect_language
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.prompt_writing import PromptWriter
 from server.services.rag_models import merge_retrieval
 from server.services.references import References

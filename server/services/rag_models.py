@@ -13,7 +13,8 @@ from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunking, RetrievalOverrides, RetrievalSettings, SearchMode
 from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
-from server.services.ports import BaseModels, Database, Transaction
+from server.services.model_ports import BaseModels
+from server.services.ports import Database, Transaction
 from server.services.prompt_templates import check_template
 from server.services.requests import Created, CreateRagModel
 from server.services.reranking import check_cross_encoder

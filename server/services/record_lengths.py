@@ -13,7 +13,7 @@ from server.domain.estimates import Range
 from server.domain.orders import DatasetFile
 from server.domain.previews import MeasureOrder
 from server.domain.specs import FineTuneSpec
-from server.services.ports import BaseModels, RecordMeter
+from server.services.model_ports import BaseModels, RecordMeter
 
 # Enough that the mean of skewed lengths is known within a few percent; read and tokenised in half a second.
 SAMPLE_RECORDS = 256

@@ -6,7 +6,8 @@ from server.domain.errors import FailedPrecondition, InvalidInput
 from server.domain.generation import ModelReference
 from server.domain.ids import MODEL
 from server.domain.models import Model, ModelState, ModelType
-from server.services.ports import BaseModels, Database
+from server.services.model_ports import BaseModels
+from server.services.ports import Database
 
 
 class References:

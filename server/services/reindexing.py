@@ -13,7 +13,8 @@ from server.domain.retrieval import Chunking
 from server.domain.specs import IndexSpec
 from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
-from server.services.ports import BaseModels, Database, Transaction
+from server.services.model_ports import BaseModels
+from server.services.ports import Database, Transaction
 from server.services.rag_models import check_chunking, find_warnings
 from server.services.requests import ReindexModel
 from server.services.validation import MAX_REQUEST_ID_CHARACTERS, Violations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.retrieval import Rerank, RerankFailure, RerankOutcome, RetrievalOverrides, RetrievedChunk
-from server.services.ports import BaseModels, Engine
+from server.services.model_ports import BaseModels, Engine
 from server.services.validation import Violations
 
 RERANK_MODEL_FIELD = "retrieval.rerank.model"

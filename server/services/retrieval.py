@@ -12,7 +12,8 @@ from server.domain.models import ModelState, RagConfiguration
 from server.domain.rag_indexes import SPACE_CHANGED, RagIndex
 from server.domain.retrieval import MetadataFilter, PlaceChanged, RerankOutcome, RetrievalSettings, RetrievedChunk, Search, SearchMode
 from server.services.followups import StandingQuery, make_self_standing
-from server.services.ports import Database, Engine, Transaction
+from server.services.model_ports import Engine
+from server.services.ports import Database, Transaction
 from server.services.rag_models import merge_retrieval
 from server.services.requests import Retrieve
 from server.services.reranking import rerank_chunks

@@ -12,8 +12,9 @@ from server.domain.models import Model, ModelFile, ModelState, ModelVersion
 from server.domain.specs import ExportFormat, ExportSpec
 from server.domain.techniques import LoraTechnique, PrefixTuning, PromptTuning, PTuning, Technique, TechniqueFamily
 from server.services.idempotency import find_issued, hash_body, remember
+from server.services.model_ports import Engine
 from server.services.paging import close_page, open_numbered_page
-from server.services.ports import Artefacts, Database, Engine, Files, Transaction
+from server.services.ports import Artefacts, Database, Files, Transaction
 from server.services.requests import ExportVersion, Listed, ListVersions
 from server.services.validation import MAX_REQUEST_ID_CHARACTERS, Violations
 

@@ -19,7 +19,7 @@ from server.domain.ids import CHUNK, DOCUMENT, new_id
 from server.domain.jobs import JobState
 from server.domain.retrieval import Chunk, RetrievalOverrides, SearchMode
 from server.rag.embedding import Embedder
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.requests import Retrieve
 from server.services.retrieval import Retrieval
 from tests.db.samples import ORGANIZATION, add_model, make_rag_model, start_job

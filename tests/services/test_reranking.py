@@ -8,7 +8,7 @@ import pytest
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, ServiceError, Unavailable
 from server.domain.retrieval import Chunk, Rerank, RerankFailure, RerankOutcome, RetrievedChunk, Scores
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from server.services.reranking import rerank_chunks
 
 CHUNKS = [RetrievedChunk(Chunk(f"chk_{text}", 0, text, 0, 1, 1), "doc_1", "", Scores(similarity=0.5)) for text in "abcd"]

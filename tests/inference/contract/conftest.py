@@ -14,7 +14,7 @@ import pytest
 
 from server.domain.generation import ModelReference
 from server.inference.client import EngineClient
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from tests.inference.engine_process import start_engine_process
 from tests.inference.engines import make_engine
 from tests.inference.versions import make_version

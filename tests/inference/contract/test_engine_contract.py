@@ -17,7 +17,7 @@ from server.domain.generation import (
     OutputConstraint,
     TokenEvent,
 )
-from server.services.ports import Engine
+from server.services.model_ports import Engine
 from tests.inference.asking import ask, ask_chat, collect
 from tests.inference.contract.conftest import BASE, BROKEN, VERSIONS, Subject
 from tests.tiny_models import CONTEXT_TOKENS
