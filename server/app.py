@@ -4,11 +4,8 @@ The one module that knows every concrete class.
 """
 
 import asyncio
-import json
-import logging
 import signal
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +13,18 @@ from server.domain.base_models import BASE_MODELS
 from server.domain.catalogue import EMBEDDING_MODELS
 from server.domain.cross_encoders import CROSS_ENCODERS
 from server.domain.embeddings import EmbeddingBackend
+from server.logs import configure_logging
 from server.settings import Settings
 
 if TYPE_CHECKING:
-    from server.api.server import ApiServer
+    from server.api.server import ApiServer, Services
     from server.basemodels.sources import BaseModelSource
     from server.childprocess import Emit, Signals
+    from server.db.database import PostgresDatabase
+    from server.db.feed import PostgresJobFeed
     from server.domain.orders import Order
     from server.inference.client import EngineClient
+    from server.services.references import References
     from server.storage.artefacts import ArtefactStore
     from server.storage.files import LocalFiles
     from server.storage.mirror import Mirror
@@ -45,7 +46,7 @@ _STORING_ROLES = ("up", "api", "worker")
 
 def run(role: str, settings: Settings, *, events_fd: int | None, ready_fd: int | None) -> int:
     """Run a role to its end; return the exit code."""
-    _configure_logging(role, settings.log_level)
+    configure_logging(role, settings.log_level)
     if role in _STORING_ROLES and (problem := _check_storage(settings)):
         print(problem, file=sys.stderr)
         return 2
@@ -79,63 +80,20 @@ async def _until_stopped(work: Callable[[asyncio.Event], Coroutine[Any, Any, Non
 
 
 async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None) -> None:
-    from server.api.server import ApiServer, Services
+    from server.api.server import ApiServer
     from server.childprocess import announce_ready
-    from server.datafiles.importing import ImportRoot, ImportRoots
-    from server.datafiles.inspector import InspectionProcesses
     from server.db.database import PostgresDatabase
     from server.db.feed import PostgresJobFeed
     from server.inference.client import EngineClient
-    from server.launcher.machine import measure_machine
-    from server.services.datasets import Datasets
-    from server.services.documents import Documents
-    from server.services.estimating import Estimator
-    from server.services.fine_tuning import FineTuning
-    from server.services.inference_service import InferenceService
-    from server.services.job_control import JobControl
-    from server.services.model_service import ModelService
     from server.services.preloading import Preloader
-    from server.services.previews import Previews
-    from server.services.rag_models import RagModels
-    from server.services.record_lengths import LengthMeasurer
     from server.services.references import References
-    from server.services.retrieval import Retrieval
-    from server.services.retrieval_evaluation import RetrievalEvaluator
-    from server.services.training_parameters import FineTuneDefaults
-    from server.services.training_service import TrainingService
-    from server.services.versions import Versions
-    from server.storage.downloads import ArtefactDownloads
 
     assert settings.database_url is not None
     database = PostgresDatabase(settings.database_url, application_name="model-training-api")
     feed = PostgresJobFeed(database)
     engine = EngineClient(settings.engine_socket)
-    files = _open_files(settings)
-    base_models = _make_source(settings)
-    hub = {"token": settings.hub_token, "endpoint": settings.hub_endpoint}
-    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": hub})
-    datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
-    documents = Documents(database, files, sources, settings.max_document_bytes)
-    defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
-    estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes), LengthMeasurer(base_models, engine))
-    fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
-    retrieval = Retrieval(database, engine)
-    references = References(database, base_models)
-    services = Services(
-        models=ModelService(
-            database,
-            files,
-            engine,
-            base_models,
-            fine_tuning,
-            RagModels(database, base_models, EmbeddingBackend(settings.embedding_backend)),
-            documents,
-        ),
-        training=TrainingService(database, feed, datasets, JobControl(database, files)),
-        inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
-        versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
-        previews=Previews(database, engine, base_models),
-    )
+    references = References(database, _make_source(settings))
+    services = _build_services(settings, database, feed, engine, references)
     server = ApiServer(services, ORGANIZATION, f"{settings.bind_address}:{settings.grpc_port}")
     try:
         await server.start()
@@ -150,6 +108,58 @@ async def _run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None
         await engine.close()
         await feed.close()
         await database.close()
+
+
+def _build_services(
+    settings: Settings, database: "PostgresDatabase", feed: "PostgresJobFeed", engine: "EngineClient", references: "References"
+) -> "Services":
+    """Build the use cases of the api from their parts."""
+    from server.api.server import Services
+    from server.datafiles.importing import ImportRoot, ImportRoots
+    from server.datafiles.inspector import InspectionProcesses
+    from server.launcher.machine import measure_machine
+    from server.services.datasets import Datasets
+    from server.services.documents import Documents
+    from server.services.estimating import Estimator
+    from server.services.fine_tuning import FineTuning
+    from server.services.inference_service import InferenceService
+    from server.services.job_control import JobControl
+    from server.services.model_service import ModelService
+    from server.services.previews import Previews
+    from server.services.rag_models import RagModels
+    from server.services.record_lengths import LengthMeasurer
+    from server.services.retrieval import Retrieval
+    from server.services.retrieval_evaluation import RetrievalEvaluator
+    from server.services.training_parameters import FineTuneDefaults
+    from server.services.training_service import TrainingService
+    from server.services.versions import Versions
+    from server.storage.downloads import ArtefactDownloads
+
+    files = _open_files(settings)
+    base_models = _make_source(settings)
+    hub = {"token": settings.hub_token, "endpoint": settings.hub_endpoint}
+    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": hub})
+    datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
+    documents = Documents(database, files, sources, settings.max_document_bytes)
+    defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)
+    estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes), LengthMeasurer(base_models, engine))
+    fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
+    retrieval = Retrieval(database, engine)
+    return Services(
+        models=ModelService(
+            database,
+            files,
+            engine,
+            base_models,
+            fine_tuning,
+            RagModels(database, base_models, EmbeddingBackend(settings.embedding_backend)),
+            documents,
+        ),
+        training=TrainingService(database, feed, datasets, JobControl(database, files)),
+        inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
+        versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
+        previews=Previews(database, engine, base_models),
+    )
 
 
 async def _report_engine_health(engine: "EngineClient", server: "ApiServer") -> None:
@@ -327,33 +337,3 @@ def _list_aliases() -> list[tuple[str, str]]:
     bases = [(alias, model.base_model_id) for model in BASE_MODELS for alias in model.aliases]
     cross_encoders = [(alias, model.cross_encoder_id) for model in CROSS_ENCODERS for alias in model.aliases]
     return bases + cross_encoders + [(alias, model.embedding_model_id) for model in EMBEDDING_MODELS for alias in model.aliases]
-
-
-class _JsonLines(logging.Formatter):
-    """One JSON object per line: what a log collector wants."""
-
-    def __init__(self, role: str) -> None:
-        super().__init__()
-        self._role = role
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Write time, level, role, logger and message, and the traceback where there is one."""
-        line = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "role": self._role,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _configure_logging(role: str, level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines(role))
-    logging.basicConfig(level=level, handlers=[handler])
-    for noisy in ("httpx", "sentence_transformers", "alembic.runtime"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
