@@ -132,4 +132,6 @@ async def _look_up(connection: AsyncConnection, index: IndexKey) -> SearchPlace 
 
 def _retrieved_from_row(row: Row[Any]) -> RetrievedChunk:
     chunk = Chunk(row.chunk_id, row.position, row.text, row.char_start, row.char_end, row.token_count, row.page, tuple(row.heading_path))
-    return RetrievedChunk(chunk, row.document_id, row.title, Scores(row.similarity, row.lexical, row.fused), row.metadata)
+    return RetrievedChunk(
+        chunk, row.document_id, row.title, Scores(row.similarity, row.lexical, row.fused), row.metadata, row.page_breaks or ()
+    )

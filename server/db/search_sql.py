@@ -235,6 +235,12 @@ def _write_best(shape: Shape) -> str:
     return f"\nplaced AS MATERIALIZED ({placed})"
 
 
+# Where pages begin within a chunk, so that what is cited of it can name its own page. A document without pages costs nothing.
+_PAGE_BREAKS = """CASE WHEN chunks.page IS NOT NULL THEN ARRAY(
+            SELECT CAST(start AS integer) FROM jsonb_array_elements_text(documents.page_starts) AS start
+            WHERE CAST(start AS integer) > chunks.char_start AND CAST(start AS integer) < chunks.char_end ORDER BY 1) END"""
+
+
 def _write_hits(shape: Shape) -> str:
     lexical = "placed.lexical"
     if shape.mode is SearchMode.HYBRID:
@@ -248,7 +254,7 @@ def _write_hits(shape: Shape) -> str:
     return f"""
 SELECT current.revision, hits.* FROM current LEFT JOIN (
     SELECT chunks.*, documents.title, documents.metadata, placed.place, placed.similarity, {lexical} AS lexical, placed.fused,
-        {pairs} AS pairs
+        {pairs} AS pairs, {_PAGE_BREAKS} AS page_breaks
     FROM placed JOIN chunks USING (document_id, position) JOIN documents USING (organization, model_id, document_id)
     WHERE {_INDEX}
 ) AS hits ON true

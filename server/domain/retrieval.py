@@ -1,5 +1,6 @@
 """Retrieval: how documents are cut and searched, what comes back, and what an answer cites."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -198,13 +199,21 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class RetrievedChunk:
-    """A chunk that a search found, with its document's title and metadata."""
+    """A chunk that a search found, with its document's title and metadata.
+
+    `page_breaks`: where pages after the chunk's own begin within it, rising, as offsets in the document's text.
+    """
 
     chunk: Chunk
     document_id: str
     title: str
     scores: Scores
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    page_breaks: Sequence[int] = ()
+
+    def find_page(self, char_offset: int) -> int | None:
+        """Give the page that a character of the chunk stands on; None in a document without pages."""
+        return None if self.chunk.page is None else self.chunk.page + bisect_right(self.page_breaks, char_offset)
 
 
 class RerankFailure(StrEnum):

@@ -213,5 +213,7 @@ def _add(citations: dict[tuple[str, int, int], Citation], quote: _Quote) -> None
     chunk = found.chunk
     start, end = quote.source.passages[quote.first].start, quote.source.passages[quote.last].end
     char_start, char_end = chunk.char_start + start, chunk.char_start + end
-    citation = Citation(found.document_id, chunk.chunk_id, char_start, char_end, chunk.text[start:end], quote.source.number, chunk.page)
+    citation = Citation(
+        found.document_id, chunk.chunk_id, char_start, char_end, chunk.text[start:end], quote.source.number, found.find_page(char_start)
+    )
     citations.setdefault((found.document_id, char_start, char_end), citation)

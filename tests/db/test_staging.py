@@ -107,6 +107,14 @@ async def test_the_content_before_is_found_until_the_new_one_is_committed(shelf:
         assert await transaction.documents.get_text(shelf.model.model_id, shelf.document_id) == CONTENT.text
 
 
+async def test_a_chunk_over_two_pages_tells_where_the_second_begins(shelf: Shelf) -> None:
+    (whole, first) = make_chunks([CONTENT.text, "One."])
+    chunks = [replace(whole, char_end=len(CONTENT.text), page=1), replace(first, position=1, char_start=8, char_end=12, page=1)]
+    await shelf.stage(NewDocument(title="New", file=FILE))
+    await shelf.commit(chunks, VECTORS[:2].tobytes(), DocumentReading(2, CONTENT))
+    assert [list(hit.page_breaks) for hit in await shelf.search()] == [[13], []]
+
+
 async def test_unchanged_chunks_keep_their_ids_and_vectors(shelf: Shelf) -> None:
     old = [replace(chunk, heading_path=("A", "B")) for chunk in make_chunks(["one", "two", "one"])]
     await shelf.commit(old, VECTORS.tobytes())

@@ -1,6 +1,7 @@
 """Citations: what is quoted stands in the document word for word and supports the sentence that cites it."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,15 @@ def test_a_marker_is_cited_with_the_sentence_that_supports_it() -> None:
     (citation,) = check("Leila Haddad founded the library in 1931 [1].")
     assert citation.quote == "The Qasr library was founded in 1931 by Leila Haddad."
     assert (citation.document_id, citation.chunk_id, citation.page) == ("doc_library", "chk_library", 3)
+
+
+def test_what_is_cited_of_a_chunk_over_two_pages_names_its_own_page() -> None:
+    (found, _) = SOURCES
+    over_pages = replace(found, page_breaks=(LIBRARY.index("Visitors"), LIBRARY.index("The reading")))
+    checked = cite_answer(
+        "Leila Haddad founded the library in 1931 [1]. You need a green card. The reading room closes on Fridays [1].", [over_pages]
+    )
+    assert [citation.page for citation in checked.citations] == [3, 4, 5]
 
 
 def test_markers_behind_the_full_stop_belong_to_the_sentence_before() -> None:

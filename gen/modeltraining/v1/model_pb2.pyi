@@ -155,7 +155,7 @@ class Model(_message.Message):
 
         @_builtins.property
         def chunking(self) -> _retrieval_pb2.ChunkingConfig:
-            """How documents are cut, every value filled in."""
+            """How documents are cut, every value filled in; `max_tokens` unset: 256, or what the embedding model reads if less."""
 
         @_builtins.property
         def index(self) -> _rag_index_pb2.RagIndex:
