@@ -6,7 +6,6 @@ Tokens per second of processor time are printed too: with one thread they hold o
 
 import argparse
 import asyncio
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.basemodels.loading import preferred_dtype
 from server.basemodels.sources import BaseModelSource
+from server.childprocess import measure_peak_memory
 from server.domain.generation import GenerationFinished, GenerationParameters, GenerationRequest, ModelReference
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
@@ -185,7 +185,7 @@ def main() -> None:
     base = results[f"{STREAMS} streams"]
     for name, figure in results.items():
         _print(f"engine, {name}", figure, alone if name == "one stream" else static, base if "adapter" in name else None)
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    print(f"peak memory of this process {measure_peak_memory() >> 20} MiB")
 
 
 def _print(name: str, figure: Figure, peer: Figure, base: Figure | None = None) -> None:

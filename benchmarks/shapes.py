@@ -9,9 +9,10 @@ random, made on the device layer by layer and, for QLoRA, held in 4 bits at once
 """
 
 import argparse
-import resource
 import time
 from typing import TYPE_CHECKING, Any
+
+from server.childprocess import measure_peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def main() -> None:
     seconds = [run_step(network, trained, optimiser, batches, step, device) for step in steps][WARM_UP_STEPS:]
     rate = options.tokens * options.sequences * len(seconds) / sum(seconds)
     flops = rate * estimate_flops_per_token(known.shape, technique)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else measure_peak_memory()
     ceiling = find_peak(torch.cuda.get_device_name()) if device.type == "cuda" else measure_ceiling()
     print(
         f"{options.model} {options.technique}, {options.sequences} x {options.tokens} tokens: {rate:,.0f} tokens/s, "

@@ -9,7 +9,6 @@ answers' tokens. TRL runs twice: at its defaults in bf16, and at the best settin
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.__main__ import TORCH_ENVIRONMENT
+from server.childprocess import measure_peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ def train_ours(options: argparse.Namespace) -> Result:
     began = next(moment for moment, event in times if isinstance(event, Started))
     ended, last = next((moment, event) for moment, event in reversed(times) if isinstance(event, StepDone))
     assert isinstance(last, StepDone)
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak_bytes = measure_peak_memory()
     model = load_result(options, store.locate("result"), source.resolve(BASE_MODEL).directory)
     return describe(options, model, last.tokens, ended - began, peak_bytes)
 
@@ -215,7 +215,7 @@ def train_trl(options: argparse.Namespace) -> Result:
         ),
     )
     outcome = trainer.train()
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak_bytes = measure_peak_memory()
     return describe(options, trainer.model, int(trainer.state.num_input_tokens_seen), float(outcome.metrics["train_runtime"]), peak_bytes)
 
 

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import threading
@@ -35,6 +36,18 @@ class Signals:
 
 
 Work = Callable[[Order, Emit, Signals], None]
+
+
+def measure_peak_memory() -> int:
+    """Give the bytes of memory that this process had at most.
+
+    Not `ru_maxrss` where the kernel counts VmHWM: a child's begins at the peak of the process that started it.
+    """
+    with open("/proc/self/status") as status:
+        lines = dict(line.split(":", 1) for line in status)
+    kibibytes = int(lines["VmHWM"].split()[0]) if "VmHWM" in lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes << 10
+
 
 EXIT_DONE = 0  # the work ended: with its result, with a Failed event, or because it was told to stop or to pause
 EXIT_CRASHED = 1  # something unforeseen: the worker lets the job be tried again

@@ -209,3 +209,10 @@ def test_failures_that_trying_again_does_not_cure_are_named(error: Exception, re
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("shape mismatch"), OSError(errno.EIO, "Input/output error")], ids=str)
 def test_other_failures_are_worth_another_try(error: Exception) -> None:
     assert explain_failure(error) is None
+
+
+def test_the_peak_is_the_childs_own_and_not_that_of_who_started_it() -> None:
+    held = b"\x01" * (300 << 20)
+    program = "from server.childprocess import measure_peak_memory; print(measure_peak_memory())"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert len(held) > int(said) > 5 << 20

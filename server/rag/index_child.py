@@ -4,7 +4,6 @@ One bad document fails alone, with its reason; what ends the job is raised as Jo
 """
 
 import base64
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from server.childprocess import measure_peak_memory
 from server.domain.catalogue import NOT_TUNED_NOTE, find_embedding_model
 from server.domain.documents import DocumentReading
 from server.domain.errors import ServiceError
@@ -32,7 +32,6 @@ from server.services.codec import Codec
 
 # One event carries a whole document; the worker reads and commits it at once.
 MAX_EVENT_BYTES = 64 << 20
-_KIBIBYTE = 1024  # ru_maxrss counts these on Linux
 _DOCUMENT = Codec[StagedDocument](StagedDocument)
 
 
@@ -185,5 +184,5 @@ def _make_result(tally: _Tally) -> ResultReady:
     return ResultReady(
         metrics={name: float(count) for name, count in counts.items()},
         compute_seconds=seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIBIBYTE,
+        peak_memory_bytes=measure_peak_memory(),
     )

@@ -3,7 +3,6 @@
 Knows files, models and events; no database, no worker.
 """
 
-import resource
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from server.basemodels.loading import load_causal_model, load_tokenizer, preferr
 from server.basemodels.merging import attach_adapter, merge_adapter
 from server.basemodels.quantization import dequantize_in_place
 from server.basemodels.sources import BaseModelSource
-from server.childprocess import Emit, Signals
+from server.childprocess import Emit, Signals, measure_peak_memory
 from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.events import Finalizing, ResultReady, Started
 from server.domain.jobs import FailureReason, JobFailure
@@ -201,7 +200,7 @@ def _describe_result(order: ExportOrder, artefact: Artefact, version: Artefact, 
         base_revision=str(version.description.get("base_revision", "")),
         metrics=metrics,
         compute_seconds=time.perf_counter() - began,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        peak_memory_bytes=measure_peak_memory(),
         library_versions={name.removesuffix("_version"): str(version) for name, version in describe_libraries().items()},
         template_sha256=str(version.description.get("template_sha256", "")),
     )

@@ -1,7 +1,6 @@
 """One fine-tuning job from order to result. Knows files, models and events; no database, no worker."""
 
 import gc
-import resource
 import time
 from collections.abc import Callable
 
@@ -9,7 +8,7 @@ import torch
 
 from server.basemodels.errors import BaseModelRefused, BaseModelUnavailable
 from server.basemodels.sources import BaseModelSource
-from server.childprocess import Signals
+from server.childprocess import Signals, measure_peak_memory
 from server.datafiles.tokencache import TokenCache
 from server.domain.errors import NotFound
 from server.domain.events import ChildEvent, Finalizing, Paused, ResultReady, Warned
@@ -86,7 +85,7 @@ def _finish(attempt: Attempt, prepared: Prepared, began: float) -> ResultReady:
         base_revision=base.revision,
         metrics=metrics | {"effect_largest_logit_difference": effect.largest, "effect_mean_logit_difference": effect.mean},
         compute_seconds=time.perf_counter() - began,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        peak_memory_bytes=measure_peak_memory(),
         peak_device_memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         checkpoint_step=step,
         library_versions=card.library_versions,

@@ -19,11 +19,12 @@ HELD = FourBits(Quantization.NF4, double=True)
 # Loads the model at argv[1], in 4 bits while reading or after it (argv[2]); prints the bytes of its linear weights in bfloat16 and the
 # growth of the process's peak. The first, small load pays for what any load imports.
 PROGRAM = """
-import json, re, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 from server.basemodels.loading import load_causal_model
 from server.basemodels.quantization import FourBits, QuantizedLinear, quantize
+from server.childprocess import measure_peak_memory
 from server.domain.techniques import Quantization
 held = FourBits(Quantization.NF4, True)
 def load(path, streaming):
@@ -32,10 +33,10 @@ def load(path, streaming):
         quantize(model, held)
     return model
 load(sys.argv[2], sys.argv[3] == "streaming")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = measure_peak_memory()
 model = load(sys.argv[1], sys.argv[3] == "streaming")
 wide = sum(2 * m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
-print(json.dumps({"wide": wide, "grown": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before << 10}))
+print(json.dumps({"wide": wide, "grown": measure_peak_memory() - before}))
 """
 
 
