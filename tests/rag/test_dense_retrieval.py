@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from server.db.database import PostgresDatabase
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import NewDocument
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.events import ResultReady
 from server.domain.generation import EmbedRole
 from server.domain.ids import CHUNK, DOCUMENT, new_id
@@ -35,10 +35,9 @@ class EmbedderEngine:
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(self, _model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
         """Embed with MiniLM."""
-        vectors = await asyncio.to_thread(self._embedder.embed, MINILM, texts, role)
-        return Embeddings(vectors.tolist(), vectors.shape[1], [0] * len(texts), 0)
+        return await asyncio.to_thread(self._embedder.embed_texts, MINILM, texts, role, backend)
 
 
 def read_texts() -> tuple[list[str], list[str]]:
