@@ -22,6 +22,10 @@ _SUPERUSER = "postgres"
 _DATABASE = "postgres"
 # Accounts to run as where this process is root, which PostgreSQL refuses. The second is on every Linux.
 _ACCOUNTS = ("postgres", "nobody")
+# The share of the machine's memory that training jobs leave (launcher/machine.py). A search reads some thousand pages of a large index:
+# from the server's own memory that takes half the time. Pages count only once they are used.
+_SHARED_BUFFERS_SHARE = 0.1
+_MOST_SHARED_BUFFERS_BYTES = 8 << 30
 _PREDECESSOR_SECONDS = 60.0
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 60.0
@@ -46,7 +50,7 @@ class EmbeddedPostgres:
         command = [
             str(_find_binary("postgres")), "-D", str(self._data), "-k", str(self._sockets),
             # No network; the socket's directory is closed to other accounts, so everybody who gets there is trusted.
-            "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700",
+            "-c", "listen_addresses=", "-c", "unix_socket_permissions=0700", "-c", f"shared_buffers={_choose_shared_buffers()}kB",
         ]  # fmt: skip
         return Part(
             name="PostgreSQL",
@@ -121,6 +125,11 @@ def _find_binary(name: str) -> Path:
     if package is None or package.origin is None:
         raise PartFailed(f"The package {_PACKAGE} is not installed. Install it, or set DATABASE_URL to a PostgreSQL of your own.")
     return Path(package.origin).parent / _BINARIES / name
+
+
+def _choose_shared_buffers() -> int:
+    """Give the kibibytes of memory in which pages of tables and indexes are kept."""
+    return int(min(psutil.virtual_memory().total * _SHARED_BUFFERS_SHARE, _MOST_SHARED_BUFFERS_BYTES)) >> 10
 
 
 def _choose_user(data_path: Path) -> str | None:

@@ -98,6 +98,9 @@ def test_kill_minus_nine_of_up_leaves_no_process_and_the_next_start_finds_the_da
     up = place.start().wait_ready()
     with _connect(place) as connection:
         connection.execute("CREATE TABLE kept AS SELECT 42 AS answer")
+        buffers = connection.execute("SELECT setting::bigint * 8192 FROM pg_settings WHERE name = 'shared_buffers'").fetchone()
+    assert buffers is not None
+    assert buffers[0] == pytest.approx(min(psutil.virtual_memory().total / 10, 8 << 30), rel=0.01)
     processes = up.list_processes()
     up.end(signal.SIGKILL)
     wait_until(lambda: list_alive(processes) == [], lambda: f"still there: {list_alive(processes)}")
