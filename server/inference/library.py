@@ -6,37 +6,32 @@ Loading is blocking and happens in threads; which model leaves is decided here, 
 import json
 import logging
 import math
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from server.basemodels.loading import load_causal_model, load_tokenizer, preferred_dtype
-from server.basemodels.quoting import Quoter
 from server.childprocess import is_out_of_memory
-from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
-from server.domain.generation import GenerationParameters, GenerationRequest, ModelReference
+from server.domain.errors import ResourceExhausted, ServiceError
+from server.domain.generation import GenerationRequest, ModelReference
 from server.inference.adapterfiles import read_embeddings, read_key_values, read_low_rank
 from server.inference.batching import Batch, BatchLimits
-from server.inference.constraints import FormReader
 from server.inference.decoder import Decoder
 from server.inference.generations import Generation
 from server.inference.lora import NamedAdapter
 from server.inference.plans import Addition, Opened, ServingPlan, VersionFiles, Weights
-from server.inference.prompts import DEFAULT_NEW_TOKENS, PromptBuilder
+from server.inference.prompts import PromptBuilder
 from server.inference.sampling import SamplingState
 from server.inference.transcript import Transcript
+from server.inference.voice import Voice, check_golden_tokens
 
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, by its own definition
-# Seeds that the engine draws fit an int32, so that they survive JSON as numbers.
-SEED_BITS = 31
 
 logger = logging.getLogger(__name__)
 
@@ -58,28 +53,6 @@ class BaseModelResolver(Protocol):
 
     def resolve(self, base_model: str, revision: str | None = None) -> ResolvedBase:
         """Give a verified local directory, of that revision where one is named. Blocking. Raises ServiceError, where it is gone too."""
-
-
-@dataclass(frozen=True)
-class Voice:
-    """What turns requests to tokens and back: a tokenizer, its chat template, the tokens that end an answer, and forms for answers."""
-
-    tokenizer: PreTrainedTokenizerBase
-    stop_ids: frozenset[int]
-    prompts: PromptBuilder
-    forms: FormReader
-
-    @classmethod
-    def make(cls, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> "Voice":
-        """Find out how answers end. Without `generation_config` the model's own list of end tokens does not count."""
-        prompts = PromptBuilder(tokenizer)
-        stop_ids = find_stop_ids(tokenizer, prompts, generation_config)
-        return cls(tokenizer, stop_ids, prompts, FormReader(tokenizer, stop_ids))
-
-    @cached_property
-    def quoter(self) -> Quoter:
-        """What quotes the texts of others for this tokenizer and template; made at first use."""
-        return Quoter(self.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -125,41 +98,24 @@ class LoadedModel:
     def prepare(self, request_name: str, request: GenerationRequest, adapter: LoadedAdapter | None, times: Times) -> Generation:
         """Render the prompt and fix what the request left open. Raises InvalidInput where the prompt leaves no room for an answer."""
         voice = adapter.voice if adapter is not None else self.voice
-        context = self.count_context_tokens(adapter)
-        prompt = voice.prompts.build(request, context)
-        prompt_ids, room = prompt.token_ids, context - len(prompt.token_ids)
-        if room < 1:
-            description = f"has {len(prompt_ids)} tokens, and the model's context is {context}, one of which the answer needs"
-            raise InvalidInput.field("messages" if request.prompt is None else "prompt", description, "PROMPT_TOO_LONG")
-        parameters = request.parameters
-        check_token_ids(parameters, self.decoder.vocabulary_size)
-        seed = parameters.seed if parameters.seed is not None else secrets.randbits(SEED_BITS)
-        form = None if parameters.constraint is None else voice.forms.read(parameters.constraint)
+        prepared = voice.prepare(request, self.count_context_tokens(adapter), self.decoder.vocabulary_size)
+        prompt_ids = prepared.prompt.token_ids
         return Generation(
             request_id=request_name,
             prompt_ids=prompt_ids,
-            max_new_tokens=min(parameters.max_tokens or DEFAULT_NEW_TOKENS, room),
+            max_new_tokens=prepared.max_new_tokens,
             stop_ids=voice.stop_ids,
-            sampling=SamplingState(parameters, seed, prompt_ids, form),
-            transcript=Transcript(voice.tokenizer, parameters.stop),
+            sampling=SamplingState(request.parameters, prepared.seed, prompt_ids, prepared.form),
+            transcript=Transcript(voice.tokenizer, request.parameters.stop),
             adapter=None if adapter is None else adapter.matrices,
             prefix=None if adapter is None else adapter.prefix,
             priority=request.priority,
             received_seconds=times.received_seconds,
             load_seconds=times.load_seconds,
             adapter_load_seconds=times.adapter_load_seconds,
-            dropped_messages=prompt.dropped_messages,
-            rendered_prompt=prompt.text if request.echo_prompt else None,
+            dropped_messages=prepared.prompt.dropped_messages,
+            rendered_prompt=prepared.prompt.text if request.echo_prompt else None,
         )
-
-
-def check_token_ids(parameters: GenerationParameters, vocabulary_size: int) -> None:
-    """Refuse ids that this model has no token for. Raises InvalidInput."""
-    for name, token_ids in (("stop_token_ids", parameters.stop_token_ids), ("logit_bias", tuple(parameters.logit_bias))):
-        foreign = [token_id for token_id in token_ids if not 0 <= token_id < vocabulary_size]
-        if foreign:
-            description = f"has {foreign[0]}, and this model's tokens are 0 to {vocabulary_size - 1}"
-            raise InvalidInput.field(f"parameters.{name}", description, "TOKEN_UNKNOWN")
 
 
 @dataclass(frozen=True)
@@ -271,30 +227,6 @@ def read_adapter(plan: ServingPlan, version: Opened, model: LoadedModel) -> Adap
             read = AdapterFiles(voice, NamedAdapter(plan.name, read_low_rank(directory, decoder.adapters.places)))
     logger.info("adapter (%s) read in %.2f s", plan.addition.value, time.monotonic() - start)
     return read
-
-
-def check_golden_tokens(prompts: PromptBuilder, described: Mapping[str, object]) -> None:
-    """Raise FailedPrecondition where a version's tokenizer and template read the probe in other tokens than when it was trained."""
-    golden = described.get("golden_token_ids")
-    if golden and prompts.render_probe() != golden:
-        raise FailedPrecondition(
-            "The version's tokenizer and chat template give other tokens here than in training: the libraries differ from those that"
-            " made it.",
-            reason="TOKENS_CHANGED",
-        )
-
-
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, prompts: PromptBuilder, generation_config: GenerationConfig | None) -> frozenset[int]:
-    """Gather the tokens that end an answer: the tokenizer's end, the end of an assistant turn, and the model's own list."""
-    end = tokenizer.eos_token_id
-    found = {end} if isinstance(end, int) else set(end or [])
-    try:
-        found |= prompts.find_stop_ids()
-    except ServiceError:
-        # A base model's template that cannot even render a probe: prompts still work, and end at the end token.
-        logger.warning("the chat template renders no probe: only the end token ends an answer")
-    listed = generation_config.eos_token_id if generation_config is not None else None
-    return frozenset(found | ({listed} if isinstance(listed, int) else set(listed or [])))
 
 
 def _freeze(model: PreTrainedModel) -> PreTrainedModel:

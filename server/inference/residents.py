@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from server.basemodels.errors import BaseModelUnavailable
 from server.domain.engines import ModelStatus
-from server.domain.errors import ErrorData, FailedPrecondition, ResourceExhausted, Unimplemented, error_from_data
+from server.domain.errors import ResourceExhausted
 from server.domain.generation import ModelReference
 from server.inference.library import (
     AdapterFiles,
@@ -24,21 +24,20 @@ from server.inference.library import (
     LoadedAdapter,
     LoadedModel,
     LoadingOptions,
-    Voice,
     find_files,
     load_model,
     read_adapter,
 )
 from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights, make_plan, name_version, plan_base
+from server.inference.quarantine import Quarantine
 from server.inference.stepping import Stepper
+from server.inference.voice import Voice
 
 T = TypeVar("T")
 # Adapters whose matrices stay in memory beside the pool; a rank-16 adapter of a 7B model takes some 160 MB as float32.
 MAX_KEPT_ADAPTERS = 32
 # What was found out about versions: a few hundred bytes each.
 MAX_KEPT_PLANS = 4096
-# A version that failed is not read again before: hashing gigabytes for each of its requests would slow everybody's loads.
-QUARANTINE_SECONDS = 60.0
 # Memory comes free when the models in use end their answers; sooner than this a retry seldom finds any.
 BUSY_RETRY_SECONDS = 5.0
 
@@ -60,13 +59,6 @@ class Use:
         return self.model.voice if self.adapter is None else self.adapter.voice
 
 
-@dataclass(frozen=True, slots=True)
-class _Quarantined:
-    model_id: str
-    until: float
-    error: ErrorData
-
-
 class Residents:
     """Models and adapters in memory. `stepper` steps their batches."""
 
@@ -85,7 +77,7 @@ class Residents:
         self._plans: dict[str, ServingPlan] = {}
         self._revisions: dict[str, str] = {}  # of base models as they are: what their files were when they were looked at
         self._pins: dict[str, Weights] = {}  # by the plan's name, or the base model's
-        self._quarantine: dict[str, _Quarantined] = {}
+        self._quarantine = Quarantine()
         self._loads: dict[str, asyncio.Task[Any]] = {}
         self._removals: set[asyncio.Task[None]] = set()
         # One load at a time: two large models that load together need twice the memory at its peak.
@@ -127,7 +119,7 @@ class Residents:
 
     async def forget(self, model_id: str) -> None:
         """Drop a deleted model's adapters and weights, and a base model of that name that nobody uses. Running requests end undisturbed."""
-        self._quarantine = {name: entry for name, entry in self._quarantine.items() if entry.model_id != model_id}
+        self._quarantine.forget(model_id)
         for weights, model in list(self._models.items()):
             names = [name for name, adapter in model.adapters.items() if adapter.model_id == model_id]
             for name in names:
@@ -166,8 +158,7 @@ class Residents:
 
     def list_quarantined(self) -> Sequence[str]:
         """Give the ids of the models one of whose versions failed lately."""
-        now = time.monotonic()
-        return sorted({entry.model_id for entry in self._quarantine.values() if entry.until > now})
+        return self._quarantine.list_models()
 
     async def _enter(self, reference: ModelReference) -> tuple[ServingPlan, LoadedModel]:
         """Give a reference's plan and weights, loaded if they were not, and count a user, for whom they stay."""
@@ -193,9 +184,7 @@ class Residents:
         if reference.adapter_path is None:
             return plan_base(reference.base_model, await self._find_revision(reference.base_model))
         name = name_version(reference)
-        entry = self._quarantine.get(name)
-        if entry is not None and entry.until > time.monotonic():
-            raise error_from_data(entry.error)
+        self._quarantine.check(name)
         plan = self._plans.get(name)
         if plan is None:
             making = asyncio.to_thread(make_plan, reference, self._versions, self._options.max_adapter_ranks)
@@ -223,17 +212,8 @@ class Residents:
 
     async def _guard(self, reference: ModelReference, work: Coroutine[Any, Any, T]) -> T:
         """Quarantine the version whose files fail in this work: they are not tried again for each request."""
-        try:
-            result = await work
-        except (FailedPrecondition, Unimplemented) as error:
-            # A base model that cannot be had now is not the version's fault.
-            if reference.adapter_path is not None and not isinstance(error, BaseModelUnavailable):
-                logger.warning("version %s of %s is quarantined: %s", reference.version, reference.model_id, error)
-                until = time.monotonic() + QUARANTINE_SECONDS
-                self._quarantine[name_version(reference)] = _Quarantined(reference.model_id, until, error.data)
-            raise
-        self._quarantine.pop(name_version(reference), None)
-        return result
+        async with self._quarantine.guard(reference):
+            return await work
 
     async def _load_once(self, key: str, load: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Let all who want the same thing wait for one load. A waiter that is cancelled does not end it for the others."""

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from server.domain.errors import FailedPrecondition, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from server.domain.generation import EmbedRole, FinishReason, GenerationFinished, ModelReference, Priority
-from server.inference import residents
+from server.inference import quarantine
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions, WeightFiles
@@ -310,7 +310,7 @@ async def test_a_version_whose_files_fail_is_quarantined_until_it_is_looked_at_a
         (version.directory / "adapter_model.safetensors").write_bytes(good)
     assert (await engine.describe()).quarantined == ["mdl_tiny"]
     assert (await collect(engine.generate(ask("The river", adapter="one")))).text
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + residents.QUARANTINE_SECONDS)
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + quarantine.QUARANTINE_SECONDS)
     assert (await collect(engine.generate(ask("The river", adapter="two")))).text
     assert not (await engine.describe()).quarantined
 
