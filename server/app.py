@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from server.db.feed import PostgresJobFeed
     from server.domain.orders import Order
     from server.inference.client import EngineClient
+    from server.inference.engine import EmbeddedEngine
+    from server.inference.routing import RoutedEngine
     from server.services.references import References
     from server.storage.artefacts import ArtefactStore
     from server.storage.files import LocalFiles
@@ -221,16 +223,43 @@ async def _run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     store = _open_artefacts(settings)
     memory_bytes = psutil.virtual_memory().total
     shelf = Shelf(int(memory_bytes * ENCODERS_MEMORY_SHARE))
-    engine = EmbeddedEngine(
+    embedded = EmbeddedEngine(
         base_models=source,
         versions=store,
         embedder=Embedder(lambda name: source.resolve(name).directory, shelf, hashes_path=settings.cache_path / WEIGHT_HASHES),
         reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
         previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
-        max_model_bytes=int(memory_bytes * ENGINE_MEMORY_SHARE),
+        max_model_bytes=settings.engine_memory_bytes or int(memory_bytes * ENGINE_MEMORY_SHARE),
+        idle_seconds=settings.model_idle_seconds,
     )
+    engine = _route_engines(settings, embedded, source, store)
     await serve(engine, settings.engine_socket, stop=stop, on_ready=lambda: announce_ready(ready_fd))
+
+
+def _route_engines(
+    settings: Settings, embedded: "EmbeddedEngine", source: "BaseModelSource", store: "ArtefactStore"
+) -> "EmbeddedEngine | RoutedEngine":
+    """Put the engines that are configured beside the embedded one, each made once; the embedded one alone where there are none."""
+    from server.inference.openai.connection import Connection
+    from server.inference.openai.dialects import Dialect
+    from server.inference.openai.engine import OpenAIEngine
+    from server.inference.openai.voices import Voices
+    from server.inference.routing import RoutedEngine, StoppableGenerator
+
+    engines: dict[str, StoppableGenerator] = {"embedded": embedded}
+
+    def find(name: str) -> StoppableGenerator:
+        if name not in engines:
+            connection = Connection(name, api_key=settings.engine_api_key, silence_seconds=settings.engine_silence_seconds)
+            dialect = Dialect(settings.engine_dialect) if settings.engine_dialect else None
+            max_requests = settings.max_concurrent_generations + settings.max_queued_generations
+            engines[name] = OpenAIEngine(connection, Voices(source, store), max_requests=max_requests, dialect=dialect)
+        return engines[name]
+
+    default = find(settings.engine)
+    routes = {source.canonical_name(base_model): find(name) for base_model, name in settings.engine_routes or ()}
+    return RoutedEngine(embedded, default, routes) if len(engines) > 1 else embedded
 
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 # Linux allows 108 bytes for the path of a unix socket, its closing zero included.
 _MAX_SOCKET_PATH_BYTES = 107
+# Engines that have a name; all others are servers behind a URL.
+ENGINES = ("embedded",)
 # Schemes of remote storage, and the package that each needs.
 REMOTE_STORAGE = {"s3": "s3fs", "gs": "gcsfs"}
 
@@ -94,6 +96,30 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.split(r"[\s,]+", text)))
 
 
+def _engine(text: str) -> str:
+    """Read which engine: `embedded`, or the URL of a server."""
+    if text.lower() in ENGINES:
+        return text.lower()
+    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?|https?://\[[\da-fA-F:]+\](:\d{1,5})?(/[\w./-]*)?", text):
+        raise ValueError(f"must be {', '.join(ENGINES)} or the URL of a server (http://host:port), without credentials, not {text!r}")
+    return text.rstrip("/")
+
+
+def _routes(text: str) -> tuple[tuple[str, str], ...]:
+    routes: dict[str, str] = {}
+    for entry in re.split(r"[\s,]+", text):
+        base_model, separator, engine = entry.partition("=")
+        if not (base_model and separator and engine):
+            raise ValueError(f"must have the form base_model=engine, not {entry!r}")
+        if base_model in routes:
+            raise ValueError(f"must name {base_model} once only")
+        try:
+            routes[base_model] = _engine(engine)
+        except ValueError as error:
+            raise ValueError(f"names an engine for {base_model} that {error}") from None
+    return tuple(routes.items())
+
+
 def _word(*allowed: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.upper() not in allowed:
@@ -154,6 +180,25 @@ class Settings:
     http_port: int = _variable("HTTP_PORT", _integer(1, 65535), "8003", "REST and gRPC, through Envoy.")
     grpc_port: int = _variable("GRPC_PORT", _integer(1, 65535), "50051", "gRPC, without Envoy.")
     engine_socket: Path = _variable("ENGINE_SOCKET", Path, "{run}/engine.sock", "Unix socket between api and engine.")
+    engine: str = _variable(
+        "ENGINE",
+        _engine,
+        "embedded",
+        "What generates: `embedded`, or the URL of an OpenAI-compatible server (vLLM, SGLang, Ray Serve LLM, llm-d).",
+    )
+    engine_routes: tuple[tuple[str, str], ...] | None = _variable(
+        "ENGINE_ROUTES", _routes, "", "Other engines for some base models: `base_model=engine`, separated by spaces or commas."
+    )
+    engine_api_key: str | None = _variable("ENGINE_API_KEY", str, "", "Key that is sent to the servers that ENGINE and ENGINE_ROUTES name.")
+    engine_dialect: str | None = _variable(
+        "ENGINE_DIALECT",
+        _word("VLLM", "SGLANG", "OPENAI"),
+        "",
+        "What those servers take beyond OpenAI's completions: VLLM (Ray Serve LLM, too), SGLANG, OPENAI (nothing); unset: they are asked.",
+    )
+    engine_silence_seconds: float = _variable(
+        "ENGINE_SILENCE_SECONDS", _number(0.0, 86_400.0), "300", "A server that sends nothing for so long during an answer has failed."
+    )
     lease_seconds: float = _variable(
         "LEASE_SECONDS", _number(1.0, 3600.0), "20", "A worker that is silent for so long loses its job to another."
     )

@@ -1,6 +1,7 @@
 """A real PostgreSQL for the tests: one server for the session, an empty database for each test that asks for one."""
 
 import itertools
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ from server.db.migrate import migrate
 
 # The stack belongs to the session, not to a folder: fault tests and end-to-end tests share it.
 pytest_plugins = ("tests.e2e.stack",)
+
+# These need the environment that `make test-vllm` makes.
+collect_ignore = [] if os.environ.get("VLLM_PYTHON") else ["vllm"]
 
 _TEMPLATE = "template_of_tests"
 # Deleting these deletes all: what else there is belongs to them.

@@ -36,6 +36,27 @@ def test_models_to_load_ahead_are_named_one_after_the_other() -> None:
     assert read(ENGINE_MEMORY_BYTES=str(8 << 30)).engine_memory_bytes == 8 << 30
 
 
+def test_engines_are_named_or_lie_behind_a_url_and_may_differ_by_base_model() -> None:
+    assert (read().engine, read().engine_routes) == ("embedded", None)
+    settings = read(ENGINE="http://gpu-1:8000/v1/", ENGINE_ROUTES="smollm2=embedded, meta/Llama=https://gpu-2", ENGINE_DIALECT="vllm")
+    assert (settings.engine, settings.engine_dialect) == ("http://gpu-1:8000/v1", "VLLM")
+    assert settings.engine_routes == (("smollm2", "embedded"), ("meta/Llama", "https://gpu-2"))
+
+
+@pytest.mark.parametrize("value", ["torch", "gpu-1:8000", "ftp://gpu-1", "http://user:secret@gpu-1", "http://gpu-1:8000?x=1"])
+def test_an_engine_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match="ENGINE must be embedded"):
+        read(ENGINE=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"), [("llama", "base_model=engine"), ("llama=torch", "an engine for llama"), ("a=embedded a=embedded", "a once only")]
+)
+def test_a_route_that_leads_nowhere_is_refused_by_its_base_model(value: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=rf"ENGINE_ROUTES.*{problem}"):
+        read(ENGINE_ROUTES=value)
+
+
 def test_the_storage_may_be_a_bucket_with_copies_in_the_cache() -> None:
     settings = read(MODEL_STORAGE_PATH="s3://models-1/some/place/", MODEL_CACHE_PATH="/srv/c")
     assert (settings.storage_url, settings.storage_path) == ("s3://models-1/some/place", Path("/srv/c/storage"))

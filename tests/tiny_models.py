@@ -89,8 +89,11 @@ EXTRA_SPECIAL_TOKENS = {
 }
 
 
-def build_tiny_causal_model(directory: Path, family: str = "llama", chat_template: bool = True, seed: int = 0) -> Path:
-    """Save a two-layer random causal model of a family with a byte-level tokenizer; the same seed gives the same weights."""
+def build_tiny_causal_model(directory: Path, family: str = "llama", chat_template: bool = True, seed: int = 0, **changes: object) -> Path:
+    """Save a two-layer random causal model of a family with a byte-level tokenizer; the same seed gives the same weights.
+
+    `changes` are options of its config.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = _build_tokenizer(family)
     if chat_template:
@@ -98,7 +101,7 @@ def build_tiny_causal_model(directory: Path, family: str = "llama", chat_templat
     tokenizer.save_pretrained(directory)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _build_model(family, tokenizer)
+        model = _build_model(family, tokenizer, changes)
     model.save_pretrained(directory)
     return directory
 
@@ -119,7 +122,7 @@ def _build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def _build_model(family: str, tokenizer: PreTrainedTokenizerFast, changes: Mapping[str, object]) -> PreTrainedModel:
     common = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
@@ -145,7 +148,7 @@ def _build_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {"intermediate_size": 128, "max_position_embeddings": CONTEXT_TOKENS}),
     }
     model_class, config_class, extra = builders[family]
-    return model_class(config_class(**common, **extra))  # type: ignore[arg-type]  # each family's class takes its own config
+    return model_class(config_class(**{**common, **extra, **changes}))
 
 
 def build_tiny_embedding_model(directory: Path, dimension: int = 32, max_tokens: int = 64, seed: int = 0) -> Path:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
 from grpc import aio
@@ -14,8 +14,8 @@ from server.domain.errors import ServiceError, Unavailable
 from server.domain.generation import GenerationRequest
 from server.domain.previews import MeasureOrder, PreviewOrder
 from server.inference import wire
-from server.inference.engine import EmbeddedEngine
 from server.services.codec import Codec
+from server.services.model_ports import Engine, RecordMeter
 
 T = TypeVar("T")
 Reply = TypeVar("Reply")
@@ -25,7 +25,17 @@ OPTIONS = (("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES), ("grpc.m
 logger = logging.getLogger(__name__)
 
 
-async def serve(engine: EmbeddedEngine, socket_path: Path, *, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
+class ServedEngine(Engine, RecordMeter, Protocol):
+    """An engine that lives in this process (EmbeddedEngine, RoutedEngine)."""
+
+    def start(self) -> None:
+        """Start computing; on the event loop that all calls belong to."""
+
+    async def stop(self) -> None:
+        """End: requests that still run fail as Unavailable."""
+
+
+async def serve(engine: ServedEngine, socket_path: Path, *, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serve an engine on a unix socket until `stop` is set; calls `on_ready` once it can be reached. Replaces a dead engine's socket."""
     socket_path.parent.mkdir(parents=True, exist_ok=True)
     socket_path.unlink(missing_ok=True)
@@ -44,7 +54,7 @@ async def serve(engine: EmbeddedEngine, socket_path: Path, *, stop: asyncio.Even
         await engine.stop()
 
 
-def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
+def _make_handlers(engine: ServedEngine) -> grpc.GenericRpcHandler:
     async def count_tokens(request: wire.CountTokens) -> wire.UnaryReply:
         return wire.TokenCounts(tuple(await engine.count_tokens(request.model, request.texts)))
 
@@ -104,7 +114,7 @@ def _make_handlers(engine: EmbeddedEngine) -> grpc.GenericRpcHandler:
     )
 
 
-def _handle_generate(engine: EmbeddedEngine) -> Callable[[bytes, "aio.ServicerContext[bytes, bytes]"], Awaitable[None]]:
+def _handle_generate(engine: ServedEngine) -> Callable[[bytes, "aio.ServicerContext[bytes, bytes]"], Awaitable[None]]:
     async def handle(data: bytes, context: "aio.ServicerContext[bytes, bytes]") -> None:
         # `write` waits while the reader is slow; a client that goes cancels this coroutine, which closes the engine's iterator.
         try:

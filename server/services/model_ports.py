@@ -10,8 +10,8 @@ from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.domain.shapes import ModelShape
 
 
-class Engine(Protocol):
-    """Models that generate and embed, outside of this process. Every call may raise Unavailable; a stream may do so midway.
+class Generator(Protocol):
+    """Models that generate, wherever they are computed. Every call may raise Unavailable; a stream may do so midway.
 
     Each implementation passes the contract suite in tests/inference/contract.
     """
@@ -37,6 +37,16 @@ class Engine(Protocol):
     async def unload(self, model: ModelReference) -> None:
         """Drop a version's adapter, or weights that only it needs, and its pin. What runs ends undisturbed; the next use loads again."""
 
+    async def forget(self, model_id: str) -> None:
+        """Drop what is loaded for a deleted model."""
+
+    async def describe(self) -> EngineStatus:
+        """Tell what is loaded and how busy it is. Its answer is the engine's health: Unavailable while it is down."""
+
+
+class Engine(Generator, Protocol):
+    """Models that generate and embed, outside of this process. Only generation has several implementations."""
+
     async def embed(
         self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend = EmbeddingBackend.FLOAT32
     ) -> Embeddings:
@@ -47,12 +57,6 @@ class Engine(Protocol):
 
     async def preview(self, order: PreviewOrder) -> Preview:
         """Show records as a base model reads them. Raises FailedPrecondition where its tokenizer or the file cannot be read."""
-
-    async def forget(self, model_id: str) -> None:
-        """Drop what is loaded for a deleted model."""
-
-    async def describe(self) -> EngineStatus:
-        """Tell what is loaded and how busy it is. Its answer is the engine's health: Unavailable while it is down."""
 
 
 class RecordMeter(Protocol):

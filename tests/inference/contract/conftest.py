@@ -1,6 +1,7 @@
 """The engines that the contract suite runs over: one fixture parameter each, all with the same tiny base model and the same versions.
 
 A new implementation of the port joins by a maker in `MAKERS`; what it cannot do by its nature stands in its traits.
+Engines over a real vLLM join in `make test-vllm` only, which has one.
 """
 
 import subprocess
@@ -14,10 +15,16 @@ import pytest
 
 from server.domain.generation import ModelReference
 from server.inference.client import EngineClient
-from server.services.model_ports import Engine
+from server.inference.openai.connection import Connection
+from server.inference.openai.engine import OpenAIEngine
+from server.inference.openai.voices import Voices
+from server.services.model_ports import Generator
+from server.storage.artefacts import ArtefactStore
 from tests.inference.engine_process import start_engine_process
-from tests.inference.engines import make_engine
+from tests.inference.engines import Directories, make_engine
 from tests.inference.versions import make_version
+from tests.inference.vllm_server import VLLM_PYTHON, start_vllm_server
+from tests.tiny_models import build_tiny_causal_model
 
 BASE = ModelReference("llama", "llama")
 VERSIONS = tuple(ModelReference("mdl_tiny", "llama", number, f"version-{number}") for number in (1, 2))
@@ -39,17 +46,19 @@ class Place:
 
 @dataclass(frozen=True)
 class Subject:
-    """An engine under the contract. `has_places`: it tells how many requests run, its own and no others'."""
+    """An engine under the contract. `mixes_base`: the base model's requests may run beside its versions'."""
 
-    engine: Engine
-    has_places: bool = True
+    engine: Generator
+    mixes_base: bool = True
 
 
 @pytest.fixture(scope="session")
-def place(tiny: Callable[[str], Path]) -> Iterator[Place]:
+def place() -> Iterator[Place]:
     """The files, in a directory whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="contract") as directory:
-        place = Place(tiny("llama"), Path(directory))
+        # vLLM's attention on CPUs knows no heads of less than 32.
+        base = build_tiny_causal_model(Path(directory) / "llama", "llama", head_dim=32)
+        place = Place(base, Path(directory))
         for seed, version in enumerate(VERSIONS, start=1):
             make_version(place.storage, version.adapter_path or "", place.base, "lora", seed=seed)
         broken = make_version(place.storage, BROKEN.adapter_path or "", place.base, "lora")
@@ -62,6 +71,14 @@ def engine_process(place: Place) -> Iterator["subprocess.Popen[bytes]"]:
     """An engine in a process of its own, for all tests."""
     with start_engine_process(place.socket, place.base) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def vllm_url(place: Place) -> Iterator[str]:
+    """A vLLM server over the same base model, for all tests."""
+    log = place.storage / "vllm.log"
+    with start_vllm_server(place.base, "llama", log, "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16") as url:
+        yield url
 
 
 @asynccontextmanager
@@ -80,10 +97,18 @@ async def _process(place: Place, request: pytest.FixtureRequest) -> AsyncIterato
     await client.close()
 
 
-MAKERS: Mapping[str, Callable[[Place, pytest.FixtureRequest], AbstractAsyncContextManager[Subject]]] = {
-    "embedded": _embedded,
-    "process": _process,
-}
+@asynccontextmanager
+async def _openai(place: Place, request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    connection = Connection(request.getfixturevalue("vllm_url"))
+    engine = OpenAIEngine(connection, Voices(Directories({"llama": place.base}), ArtefactStore(place.storage)), max_requests=64)
+    # vLLM's kernels for CPUs, not those for GPUs, give the base model's requests the adapter of others in their batch
+    # (https://github.com/vllm-project/vllm/pull/48421).
+    yield Subject(engine, mixes_base=False)
+    await engine.stop()
+
+
+Maker = Callable[[Place, pytest.FixtureRequest], AbstractAsyncContextManager[Subject]]
+MAKERS: Mapping[str, Maker] = {"embedded": _embedded, "process": _process, **({"openai": _openai} if VLLM_PYTHON else {})}
 
 
 @pytest.fixture(params=MAKERS)

@@ -1,0 +1,47 @@
+"""A real vLLM lets go of what nobody reads any more."""
+
+import asyncio
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.inference.openai.connection import Connection
+from server.inference.openai.engine import OpenAIEngine
+from server.inference.openai.voices import Voices
+from server.storage.artefacts import ArtefactStore
+from tests.inference.asking import ask
+from tests.inference.engines import Directories
+from tests.inference.vllm_server import start_vllm_server
+from tests.tiny_models import build_tiny_causal_model
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Path]:
+    """A tiny model that can write for a while."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield build_tiny_causal_model(Path(directory) / "llama", "llama", head_dim=32, max_position_embeddings=16384)
+
+
+def count_running(url: str) -> int:
+    found = re.search(r"^vllm:num_requests_running\{[^}]*\} (\S+)", httpx.get(f"{url}/metrics", timeout=10).text, re.MULTILINE)
+    assert found is not None
+    return int(float(found[1]))
+
+
+async def test_leaving_a_stream_ends_it_at_the_server(model: Path) -> None:
+    with start_vllm_server(model, "llama", model / "vllm.log", "--dtype", "float32", "--enforce-eager") as url:
+        engine = OpenAIEngine(Connection(url), Voices(Directories({"llama": model}), ArtefactStore(model)), max_requests=8)
+        async with aclosing(engine.generate(ask("maps", max_tokens=16000))) as events:
+            await anext(events)
+            async with asyncio.timeout(10):
+                while not await asyncio.to_thread(count_running, url):  # noqa: ASYNC110  # polled, as an operator would
+                    await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            while await asyncio.to_thread(count_running, url):  # noqa: ASYNC110  # polled
+                await asyncio.sleep(0.05)
+        await engine.stop()
