@@ -201,16 +201,17 @@ def _write_lexical(shape: Shape) -> str:
         for test, most in tests
     )
     score = "-(weights <#> (SELECT terms FROM query))"
+    # Tested after the limit, below which only lower scores lie: in the scans themselves each would be computed twice.
     return f"""
 lexical AS MATERIALIZED (
-    SELECT document_id, position, score FROM (
+    SELECT * FROM (
         SELECT document_id, position, {score} AS score FROM chunk_terms WHERE {_INDEX} AND {whole}{kept}
         UNION
         SELECT document_id, position, {score} FROM (
         {by_words}
         ) AS candidates
-    ) AS compared
-    WHERE score > 0 ORDER BY score DESC, document_id, position LIMIT {shape.depth}
+        ORDER BY score DESC, document_id, position LIMIT {shape.depth}
+    ) AS best WHERE score > 0
 )"""
 
 
@@ -229,7 +230,7 @@ fused AS (
     FULL JOIN (SELECT *, row_number() OVER (ORDER BY score DESC, document_id, position) AS place FROM lexical) AS lexical
         USING (document_id, position)
 ),
-found AS (
+found AS MATERIALIZED (
     SELECT document_id, position, coalesce(similarity, (SELECT 1 - ({shape.distance}) FROM {shape.vectors} AS vectors WHERE {_INDEX}
         AND vectors.document_id = fused.document_id AND vectors.position = fused.position)) AS similarity, lexical, fused
     FROM fused WHERE fused > 0

@@ -2,14 +2,18 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 import psycopg
 import pytest
 from numpy.typing import NDArray
 from psycopg.rows import TupleRow
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
 
 from server.db import search as db_search
 from server.db.database import PostgresDatabase
@@ -187,6 +191,67 @@ async def test_common_words_find_what_has_two_of_them(
     assert sorted(found[:3]) == [61, 62, 63]
     assert collection.places(await find(database, collection.model, "green blue", LEXICAL))[0] == 62
     assert len(found) <= 3 + 5
+
+
+@pytest.mark.parametrize("query", ["red", "red blue", "absent"])
+async def test_no_more_is_read_for_common_words_than_what_has_them(
+    database: PostgresDatabase, queue: PostgresJobQueue, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    passages = ["red"] * 20 + ["blue"] * 20 + ["green"] * 21 + ["red green", "blue green", "red blue"]
+    collection = await add_collection(database, queue, passages, make_vectors(len(passages)))
+    _limit(monkeypatch, compared_chunks=5)
+    with analysing() as plans:
+        await find(database, collection.model, query, LEXICAL)
+    (plan,) = plans
+    with_all, with_any = ([node for node in walk(plan) if f"words {sign}" in describe(node)] for sign in ("@>", "&&"))
+    # Every chunk contains an empty list of words: a test of two words where the query has one must find nothing, and not everything.
+    assert len(with_all) >= 3
+    assert count_rows(with_all) == (1 if query == "red blue" else 0)
+    assert count_rows(with_any) <= 5
+
+
+async def test_a_chunk_that_words_alone_found_is_compared_once(
+    database: PostgresDatabase, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db_search, "FUSED_PER_LEG", 3)
+    with analysing() as plans:
+        await find(database, collection.model, "old harbour storm", replace(HYBRID, top_k=2), VECTORS[0])
+    read = [node for node in walk(plans[0]) if node.get("Relation Name") == "chunk_vectors" and node["Actual Rows"]]
+    # The scan of the small collection; and one look-up for what it did not give, in whatever order they come.
+    assert sorted(round(node["Actual Rows"] * node["Actual Loops"]) for node in read)[1:] == [len(PASSAGES)]
+
+
+@contextmanager
+def analysing() -> Iterator[list[dict[str, Any]]]:
+    """Give the plans of the searches that run meanwhile, with the rows that each of their nodes gave."""
+    plans: list[dict[str, Any]] = []
+
+    def explain(connection: Connection, _cursor: object, statement: str, parameters: object, *_: object) -> None:
+        if statement.lstrip().startswith("WITH"):
+            analysed = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)  # type: ignore[arg-type]  # as they come
+            plans.append(analysed.scalar_one()[0]["Plan"])
+
+    event.listen(Engine, "before_cursor_execute", explain)
+    try:
+        yield plans
+    finally:
+        event.remove(Engine, "before_cursor_execute", explain)
+
+
+def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Give a node of a plan and all below it."""
+    yield node
+    for child in node.get("Plans", ()):
+        yield from walk(child)
+
+
+def describe(node: dict[str, Any]) -> str:
+    """The conditions that a node tests."""
+    return " ".join(str(node.get(name, "")) for name in ("Index Cond", "Recheck Cond", "Filter"))
+
+
+def count_rows(nodes: Sequence[dict[str, Any]]) -> int:
+    return sum(round(node["Actual Rows"] * node["Actual Loops"]) for node in nodes if "Relation Name" in node)
 
 
 async def test_both_legs_are_fused_by_their_ranks(database: PostgresDatabase, collection: Collection) -> None:
