@@ -1,10 +1,15 @@
 """The connection pool, and units of work on it."""
 
 import json
+import select
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+from sqlalchemy import event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from server.db.address import parse_database_url
 from server.db.datasets import PostgresDatasets
@@ -28,6 +33,8 @@ CONNECTION_OPTIONS = (
     f" -c idle_in_transaction_session_timeout={IDLE_TRANSACTION_TIMEOUT_SECONDS}s"
     # No statement of ours runs so long that compiling it would pay, and a search takes less time than that.
     " -c jit=off"
+    # Nor so long that starting other processes for it would: a search would start them for the half of its plan that does not run.
+    " -c max_parallel_workers_per_gather=0"
     # Keys that a search looks up come once each: remembering what was found under them copies vectors for nothing.
     " -c enable_memoize=off"
     # Scans of HNSW indexes. Set as a connection begins (pgvector takes them over when it is loaded) they cost a search no round trip.
@@ -63,12 +70,10 @@ class PostgresDatabase:
             pool_timeout=POOL_TIMEOUT_SECONDS,
             # The connection that was used last has its statements prepared and its caches warm.
             pool_use_lifo=True,
-            # One round trip more, and no failed requests after the database was restarted.
-            pool_pre_ping=True,
             json_serializer=_write_json,
             connect_args={"options": CONNECTION_OPTIONS, "application_name": application_name, "connect_timeout": CONNECT_TIMEOUT_SECONDS},
         )
-
+        event.listen(self._engine.sync_engine, "checkout", _refuse_ended)
         self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT")
 
     @asynccontextmanager
@@ -109,6 +114,20 @@ def _translated() -> Iterator[None]:
         if meaning := translate_failure(error):
             raise meaning from error
         raise
+
+
+def _refuse_ended(connection: DBAPIConnection, _record: ConnectionPoolEntry, _proxy: PoolProxiedConnection) -> None:
+    """Let the pool connect anew where the server has ended a connection, as it does when it restarts: no request fails for it.
+
+    What ends a connection can be read from its socket, and nothing else comes unasked but for notices, which are rare. Asking the server
+    instead would take every search a round trip.
+    """
+    driver = connection.driver_connection
+    arrived = select.poll()
+    if not driver.closed:
+        arrived.register(driver.fileno(), select.POLLIN)
+    if driver.closed or arrived.poll(0):
+        raise DisconnectionError
 
 
 def _write_json(value: object) -> str:

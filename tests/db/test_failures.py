@@ -82,7 +82,8 @@ async def test_a_connection_that_breaks_is_unavailable_and_the_next_request_is_s
     database: PostgresDatabase, sql: psycopg.Connection[TupleRow]
 ) -> None:
     model = await add_model(database)
-    end_all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    # A connection is ended when its process is gone: each is waited for.
+    end_all = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
 
     async def read_while_it_breaks() -> None:
         async with database.transaction(ORGANIZATION) as transaction:

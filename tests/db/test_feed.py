@@ -96,7 +96,9 @@ async def test_watching_survives_the_loss_of_every_connection(
     lease = await start_job(database, queue)
     watching = asyncio.create_task(feed.wait(ORGANIZATION, lease.job_id, 4, 20))
     await asyncio.sleep(0.1)
-    sql.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+    sql.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
     await queue.append(lease, [make_step(1)])
     assert await watching
 
