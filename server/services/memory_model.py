@@ -23,7 +23,8 @@ from server.domain.techniques import (
 )
 
 HALF_BYTES = 2  # a weight or activation in bf16
-MASTER_BYTES = 4  # a trained parameter in float32
+MASTER_BYTES = 4  # a trained parameter in float32, or its gradient
+REST_BYTES = 2  # what makes a float32 master of a weight in bf16 (training/optimiser.py)
 MOMENTS_BYTES = 8  # AdamW's two, in float32
 # NF4 and FP4: half a byte, and a float32 scale per 64 weights, itself quantised to 8 bits where doubly quantised.
 FOUR_BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -113,7 +114,8 @@ def _trained_bytes(shape: ModelShape, technique: Technique) -> float:
     if isinstance(technique, Vera):  # the random projections of the widest layer, which all share
         widest = max(max(linear.inputs, linear.outputs) for linear in shape.linears)
         shared = 2.0 * technique.rank * widest * MASTER_BYTES
-    return trained * (2 * MASTER_BYTES + MOMENTS_BYTES) + shared
+    own = REST_BYTES if isinstance(technique, FullTechnique) else MASTER_BYTES
+    return trained * (own + MASTER_BYTES + MOMENTS_BYTES) + shared
 
 
 def _activation_bytes(shape: ModelShape, technique: Technique, parameters: TrainingParameters, longest_tokens: int) -> float:

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from server.storage.artefacts import Artefact, ArtefactInvalid, ArtefactStore, Described
+from server.training.optimiser import read_master, write_master
 from server.training.techniques.trained import Trained
 
 STATE_NAME = "state.safetensors"
@@ -44,7 +45,7 @@ def save_checkpoint(
     """Write a checkpoint. `job` names what is trained; only the same may go on from it. Raises DiskFull."""
     tensors: dict[str, torch.Tensor] = {f"state/{name}": tensor for name, tensor in trained.state().items()}
     for name, parameter in trained.parameters.items():
-        tensors[f"parameter/{name}"] = parameter
+        tensors[f"parameter/{name}"] = read_master(optimiser, parameter)
         state = optimiser.state[parameter]
         tensors.update({f"{moment}/{name}": state[moment] for moment in MOMENTS if moment in state})
         if "step" in state:
@@ -73,12 +74,11 @@ def load_checkpoint(store: ArtefactStore, path: str, trained: Trained, optimiser
         names = set(file.keys())
         _check_fits(file, names, trained)
         for name, parameter in trained.parameters.items():
-            parameter.copy_(file.get_tensor(f"parameter/{name}"))
             if f"step/{name}" in names:
                 moments = {moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in MOMENTS}
                 optimiser.state[parameter] = {"step": file.get_tensor(f"step/{name}").reshape(()), **moments}
+            write_master(optimiser, parameter, file.get_tensor(f"parameter/{name}").to(parameter.device))
         trained.load_state({name.removeprefix("state/"): file.get_tensor(name) for name in sorted(names) if name.startswith("state/")})
-        trained.refresh()
         torch.set_rng_state(file.get_tensor("random/cpu"))
         if "random/cuda" in names and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("random/cuda"))

@@ -105,7 +105,7 @@ def _try_heaviest(run: Run) -> None:
 def _reserve_optimiser(run: Run) -> None:
     """Make the optimiser's moments as the first step will: a step of rate zero along gradients of zero moves nothing."""
     for parameter in run.trained.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
     for group in run.optimiser.param_groups:
         group["lr"] = 0.0
     run.optimiser.step()

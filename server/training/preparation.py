@@ -24,9 +24,10 @@ from server.training.memory import settle_memory
 from server.training.network import Network
 from server.training.objectives.objective import choose_objective
 from server.training.objectives.reference import compute_reference
+from server.training.optimiser import make_optimiser
 from server.training.sampling import make_sampler
 from server.training.signals import check_signals
-from server.training.state import MICRO_BATCH_TOKENS, Run, make_optimiser
+from server.training.state import MICRO_BATCH_TOKENS, Run
 from server.training.techniques.apply import apply_technique
 from server.training.techniques.qlora import hold_in_four_bits
 from server.training.techniques.trained import Trained

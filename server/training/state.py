@@ -1,10 +1,9 @@
 """What one run of training works with: handed from preparation to memory trial, loop and result."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from server.childprocess import Signals
 from server.domain.events import ChildEvent
@@ -50,8 +49,3 @@ class Run:
     sampler: Sampler | None = None
     way: Way = Way(MICRO_BATCH_TOKENS, recomputes=False)
     other_ways: list[Way] = field(default_factory=list)
-
-
-def make_optimiser(parameters: Iterable[nn.Parameter], settings: TrainingParameters) -> torch.optim.Optimizer:
-    """Make AdamW (Loshchilov and Hutter 2019)."""
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999), fused=True)

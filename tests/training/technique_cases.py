@@ -32,8 +32,10 @@ from server.storage.artefacts import Artefact, ArtefactStore
 from server.training.artefact import save_result
 from server.training.batches import MicroBatch, make_micro_batch
 from server.training.network import Network
+from server.training.optimiser import make_optimiser
 from server.training.techniques.apply import apply_technique
 from server.training.techniques.trained import Trained
+from tests.training.building import make_parameters
 
 CASES: dict[str, Technique] = {
     "full": FullTechnique(),
@@ -92,7 +94,7 @@ class Session:
             model, technique, seed=seed, total_steps=TOTAL_STEPS, probe=lambda: [batch], tokenizer=load_tokenizer(directory),
             base_directory=directory,
         )  # fmt: skip
-        optimiser = torch.optim.AdamW(trained.parameters.values(), lr=1e-2, fused=True)
+        optimiser = make_optimiser(trained.parameters.values(), make_parameters())
         return cls(trained, Network(trained.model, packing=packing), optimiser, batch)
 
     def gradients(self) -> dict[str, torch.Tensor]:

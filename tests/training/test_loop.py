@@ -24,8 +24,9 @@ from server.training.network import Network
 from server.training.objectives.objective import TokenLosses, choose_objective
 from server.training.objectives.reference import compute_reference
 from server.training.objectives.supervised import Supervised
+from server.training.optimiser import make_optimiser
 from server.training.signals import PauseAsked, Stopped
-from server.training.state import Run, Way, make_optimiser
+from server.training.state import Run, Way
 from server.training.techniques.apply import apply_technique
 from tests.tiny_models import build_tiny_causal_model
 from tests.training.building import make_parameters, make_sequences

@@ -8,7 +8,6 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from server.basemodels.loading import load_causal_model
-from server.training.techniques.masters import MasterWeights
 from server.training.techniques.trained import Trained, cannot_start, check_shapes
 
 MAX_SHARD_SIZE = "5GB"
@@ -22,23 +21,14 @@ class FullTrained(Trained):
     def __init__(self, model: PreTrainedModel, stored_dtype: torch.dtype | None) -> None:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self._masters = MasterWeights(dict(model.named_parameters()))
         self._stored_dtype = stored_dtype or model.dtype
-        super().__init__(model, self._masters.parameters)
+        super().__init__(model)
 
     @property
     def causal(self) -> PreTrainedModel:
         """The model as transformers'."""
         assert isinstance(self.model, PreTrainedModel)
         return self.model
-
-    def after_step(self, step: int) -> None:
-        """Let the model compute with the new weights."""
-        self._masters.to_model()
-
-    def refresh(self) -> None:
-        """Let the model compute with the restored weights."""
-        self._masters.to_model()
 
     def save(self, directory: Path) -> None:
         """Write a directory of transformers, in the type in which the base model's weights are stored."""
@@ -63,7 +53,6 @@ class FullTrained(Trained):
         with torch.no_grad():
             for name, weight in held.items():
                 weight.copy_(found[name])
-        self._masters.from_model()
 
     def _state(self) -> dict[str, torch.Tensor]:
         return dict(self.causal.state_dict())

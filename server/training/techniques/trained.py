@@ -17,7 +17,10 @@ Model = PeftModel | PreTrainedModel
 
 
 class Trained:
-    """The common case: peft keeps the trained parameters in float32 and writes and reads them itself."""
+    """The common case: peft keeps the trained parameters in float32 and writes and reads them itself.
+
+    Parameters in bfloat16 have float32 masters, which the optimiser keeps; their gradients are added up in float32 too.
+    """
 
     # What the result is, as its manifest says.
     kind = "adapter"
@@ -28,7 +31,9 @@ class Trained:
     def __init__(self, model: Model, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         self.model = model
         self.parameters: dict[str, nn.Parameter] = dict(parameters or find_trainable(model))
-        assert all(parameter.dtype == torch.float32 for parameter in self.parameters.values())
+        for parameter in self.parameters.values():
+            assert parameter.dtype in (torch.float32, torch.bfloat16)
+            parameter.grad_dtype = torch.float32
 
     @property
     def peft(self) -> PeftModel:
@@ -38,9 +43,6 @@ class Trained:
 
     def after_step(self, step: int) -> None:
         """Take note of an optimiser step: called with its number, from 1, after the update and before the gradients are dropped."""
-
-    def refresh(self) -> None:
-        """Take note that the parameters were written from outside, as when a checkpoint is restored."""
 
     def penalty(self) -> torch.Tensor | None:
         """Give what the technique adds to a step's mean loss, once per step; None when it adds nothing."""
