@@ -1,5 +1,6 @@
 """Searches over a real PostgreSQL: words, both legs fused, filters; each against the same thing computed here."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,14 @@ async def test_an_empty_collection_answers_nothing(database: PostgresDatabase) -
     model = await add_model(database, make_rag_model())
     for settings in (LEXICAL, HYBRID, DENSE):
         assert await find(database, model, "harbour", settings) == []
+
+
+def test_a_vector_is_written_as_exactly_as_it_was_embedded() -> None:
+    random = numpy.random.default_rng(5)
+    embedded = numpy.concatenate([random.normal(size=500), 10.0 ** random.uniform(-30, 4, 500), [0, -0.0, 1]]).astype(numpy.float32)
+    written = db_search.write_vector(embedded.astype(float).tolist())
+    assert numpy.array_equal(numpy.array(json.loads(written), numpy.float32), embedded)
+    assert db_search.write_vector(()) == "[]"
 
 
 async def test_a_large_collection_is_searched_by_its_rarest_words(
