@@ -1,22 +1,27 @@
 """Tokens per second of the embedded engine beside transformers' generate, in one run: `python -m benchmarks.inference`.
 
 Greedy, prompts of 128 tokens, 128 new ones. The engine is measured through its async interface, with 16 requests that arrive over time.
-Tokens per second of processor time are printed too: with one thread they hold on a machine that others use as well.
+Each side has a process of its own, transformers with torch's defaults, the engine with the environment that its role starts with. Tokens
+per second of processor time are printed too: with one thread they hold on a machine that others use as well.
 """
 
 import argparse
 import asyncio
+import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from server.__main__ import TORCH_ENVIRONMENT
 from server.basemodels.loading import preferred_dtype
 from server.basemodels.sources import BaseModelSource
 from server.childprocess import measure_peak_memory
@@ -26,6 +31,8 @@ from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions
 from server.storage.artefacts import ArtefactStore
 
+P = ParamSpec("P")
+T = TypeVar("T")
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROMPT_TEXT = "The harbour master of a small town keeps a book of every ship that comes and goes, with its cargo and its captain. "
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -160,6 +167,19 @@ async def run_engine(directory: Path, load: Load, storage: Path, names: Sequence
     return results
 
 
+def run_apart(threads: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run in a process of its own, which inherits the environment: no other side's threads or memory stand beside it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        if threads:
+            processes.submit(torch.set_num_threads, threads).result()
+        return processes.submit(work, *args, **kwargs).result()
+
+
+def measure_ours(directory: Path, load: Load, storage: Path, names: Sequence[str]) -> tuple[dict[str, Figure], int]:
+    """Give the engine's figures, and the peak memory of the process in bytes."""
+    return asyncio.run(run_engine(directory, load, storage, names)), measure_peak_memory()
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,22 +190,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     directory = arguments.directory or BaseModelSource(arguments.cache).resolve(BASE_MODEL).directory
     load = Load(make_prompt(directory, arguments.prompt_tokens), arguments.new_tokens, arguments.repeats)
-    alone = measure_transformers(directory, load, 1)
-    static = measure_transformers(directory, load, STREAMS)
+    alone = run_apart(arguments.threads, measure_transformers, directory, load, 1)
+    static = run_apart(arguments.threads, measure_transformers, directory, load, STREAMS)
     with tempfile.TemporaryDirectory() as storage:
-        names = save_adapters(directory, Path(storage))
-        results = asyncio.run(run_engine(directory, load, Path(storage), names))
-    print(f"{torch.get_num_threads()} threads, {preferred_dtype()}: tokens per second, per processor second, ratio to transformers")
+        names = run_apart(arguments.threads, save_adapters, directory, Path(storage))
+        os.environ |= TORCH_ENVIRONMENT
+        results, peak_bytes = run_apart(arguments.threads, measure_ours, directory, load, Path(storage), names)
+    print(f"{arguments.threads or torch.get_num_threads()} threads, {preferred_dtype()}: tokens per second, per processor second, ratio")
     _print("transformers generate, alone", alone, alone)
     _print(f"transformers generate, static {STREAMS}", static, static)
     base = results[f"{STREAMS} streams"]
     for name, figure in results.items():
         _print(f"engine, {name}", figure, alone if name == "one stream" else static, base if "adapter" in name else None)
-    print(f"peak memory of this process {measure_peak_memory() >> 20} MiB")
+    print(f"peak memory of the engine's process {peak_bytes >> 20} MiB")
 
 
 def _print(name: str, figure: Figure, peer: Figure, base: Figure | None = None) -> None:

@@ -4,12 +4,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol, TypeVar
 
 from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.generation import EmbedRole
+from server.inference.passingthread import PassingThread
 
 T = TypeVar("T")
 # So many queries are embedded at once; more texts, and passages, are many.
@@ -38,9 +39,9 @@ class EmbeddingLanes:
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
-        self._queries = ThreadPoolExecutor(1, "engine-queries")
-        self._bulk = ThreadPoolExecutor(1, "engine-bulk", initializer=_be_nice)
-        self._loads = ThreadPoolExecutor(1, "engine-encoder-loads")
+        self._queries = PassingThread("engine-queries")
+        self._bulk = PassingThread("engine-bulk", _be_nice)
+        self._loads = PassingThread("engine-encoder-loads")
 
     def stop(self) -> None:
         """End after what runs."""
@@ -66,7 +67,7 @@ class EmbeddingLanes:
         return _join(places, parts)
 
 
-async def _run(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+async def _run(executor: Executor, work: Callable[[], T]) -> T:
     return await asyncio.get_running_loop().run_in_executor(executor, work)
 
 

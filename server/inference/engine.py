@@ -5,7 +5,6 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from server.domain.generation import EmbedRole, GenerationRequest, ModelReferenc
 from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
+from server.inference.passingthread import PassingThread
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
 from server.inference.stepping import Mailbox, Stepper
@@ -67,8 +67,8 @@ class EmbeddedEngine:
         self._idle_seconds = idle_seconds
         self._sweeper: asyncio.Task[None] | None = None
         self._embedding = EmbeddingLanes(embedder) if embedder is not None else None
-        self._reranker, self._reranking = reranker, ThreadPoolExecutor(1, "engine-reranks")
-        self._previewer, self._previewing = previewer, ThreadPoolExecutor(1, "engine-previews")
+        self._reranker, self._reranking = reranker, PassingThread("engine-reranks")
+        self._previewer, self._previewing = previewer, PassingThread("engine-previews")
 
     def start(self) -> None:
         """Start computing."""

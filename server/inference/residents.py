@@ -8,7 +8,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from server.inference.library import (
     load_model,
     read_adapter,
 )
+from server.inference.passingthread import PassingThread
 from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights, make_plan, name_version, plan_base
 from server.inference.quarantine import Quarantine
 from server.inference.stepping import Stepper
@@ -81,7 +81,7 @@ class Residents:
         self._loads: dict[str, asyncio.Task[Any]] = {}
         self._removals: set[asyncio.Task[None]] = set()
         # One load at a time: two large models that load together need twice the memory at its peak.
-        self._loader = ThreadPoolExecutor(1, "engine-loads")
+        self._loader = PassingThread("engine-loads")
 
     def stop(self) -> None:
         """Load nothing more."""

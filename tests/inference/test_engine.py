@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -129,6 +130,23 @@ async def test_the_answer_tells_how_long_loading_took(engine: EmbeddedEngine, ti
     cold, warm = [(await collect(engine.generate(ask("The river", adapter="one")))).end.timings for _ in range(2)]
     assert min(cold.load_seconds, cold.adapter_load_seconds) > 5 * max(warm.load_seconds, warm.adapter_load_seconds)
     assert cold.load_seconds + cold.adapter_load_seconds + cold.queue_seconds <= cold.first_token_seconds
+
+
+async def test_beside_the_thread_that_generates_no_other_stays_that_computed(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each would keep a team of OpenMP's threads, beside which those of the generating one sleep between any two operations."""
+    engine = make_engine({"llama": tiny("llama")}, tmp_path)
+    make_version(tmp_path, "one", tiny("llama"), "lora")
+    engine.start()
+    await collect(engine.generate(ask("The river", adapter="one")))
+
+    def name_computing() -> set[str]:
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith("engine-")}
+
+    end = time.monotonic() + 10
+    while name_computing() != {"engine-steps"}:
+        assert time.monotonic() < end, name_computing()
+        await asyncio.sleep(0.01)
+    await engine.stop()
 
 
 async def test_a_prompt_over_the_context_is_refused_with_both_figures(engine: EmbeddedEngine) -> None:
