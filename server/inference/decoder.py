@@ -13,6 +13,7 @@ from server.inference.layers import fuse_layers, wrap_linears
 from server.inference.lora import AdapterPool
 from server.inference.precision import make_refiner
 from server.inference.projections import AdapterSelection
+from server.inference.stack import make_stack
 
 
 class Decoder:
@@ -33,6 +34,7 @@ class Decoder:
             places = fuse_layers(model, selection) if self._has_row_attention else {}
             places |= wrap_linears(model, selection)
             self._refiner = make_refiner(model)
+            self._stack = make_stack(model, self.cache_shape) if self._has_row_attention else None
         self.embedding_width = int(config.hidden_size)
         shape = self.cache_shape
         self.adapters = AdapterPool(places, selection, dtype=shape.dtype, device=shape.device, max_ranks=max_adapter_ranks)
@@ -41,11 +43,14 @@ class Decoder:
     def forward(self, token_ids: torch.Tensor, step: Step, cache: RowCache, *, wants_logits: bool) -> torch.Tensor | None:
         """Run new tokens [rows, new tokens]; give the logits [rows, vocabulary] after each row's last one, if wanted."""
         arguments = self._begin(step, cache)
-        if not wants_logits:
+        logits: torch.Tensor | None = None
+        if self._stack is not None:
+            logits = self._stack.run(token_ids, step, cache, wants_logits=wants_logits)
+        elif wants_logits:
+            logits = self._model(input_ids=token_ids, **arguments, logits_to_keep=1).logits[:, -1]
+        else:
             self._model.base_model(input_ids=token_ids, **arguments)
-            return None
-        logits: torch.Tensor = self._model(input_ids=token_ids, **arguments, logits_to_keep=1).logits[:, -1]
-        return self._refiner.refine(logits) if self._refiner is not None else logits
+        return self._refiner.refine(logits) if self._refiner is not None and logits is not None else logits
 
     @torch.inference_mode()
     def compute_prefix(self, embeddings: torch.Tensor) -> torch.Tensor:
