@@ -24,7 +24,7 @@ from server.db.database import PostgresDatabase
 from server.db.migrate import migrate
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import NewDocument
-from server.domain.embeddings import Embeddings
+from server.domain.embeddings import EmbeddingBackend, Embeddings
 from server.domain.events import ResultReady
 from server.domain.generation import EmbedRole
 from server.domain.ids import CHUNK, DOCUMENT, JOB, MODEL, new_id
@@ -70,10 +70,9 @@ class EmbedderEngine:
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
 
-    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole) -> Embeddings:
+    async def embed(self, embedding_model: str, texts: Sequence[str], role: EmbedRole, backend: EmbeddingBackend) -> Embeddings:
         """Embed off the event loop, as the engine does."""
-        vectors = await asyncio.to_thread(self._embedder.embed, embedding_model, texts, role)
-        return Embeddings(vectors.tolist(), vectors.shape[1], [0] * len(texts), 0)
+        return await asyncio.to_thread(self._embedder.embed_texts, embedding_model, texts, role, backend)
 
 
 def read_arcd(path: Path) -> Collection:
