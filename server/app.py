@@ -246,15 +246,26 @@ def _route_engines(
     from server.inference.openai.engine import OpenAIEngine
     from server.inference.openai.voices import Voices
     from server.inference.routing import RoutedEngine, StoppableGenerator
+    from server.inference.vllm.engine import VllmEngine, VllmOptions
+    from server.launcher.leash import leash_command
 
     engines: dict[str, StoppableGenerator] = {"embedded": embedded}
+    max_requests, silence_seconds = settings.max_concurrent_generations + settings.max_queued_generations, settings.engine_silence_seconds
+
+    def make(name: str) -> StoppableGenerator:
+        if name == "vllm":
+            options = VllmOptions(
+                settings.vllm_python, settings.vllm_arguments or (), settings.engine_socket.parent,
+                lambda command: leash_command(command, signal.SIGTERM), max_requests, silence_seconds,
+            )  # fmt: skip
+            return VllmEngine(source, store, options)
+        connection = Connection(name, api_key=settings.engine_api_key, silence_seconds=silence_seconds)
+        dialect = Dialect(settings.engine_dialect) if settings.engine_dialect else None
+        return OpenAIEngine(connection, Voices(source, store), max_requests=max_requests, dialect=dialect)
 
     def find(name: str) -> StoppableGenerator:
         if name not in engines:
-            connection = Connection(name, api_key=settings.engine_api_key, silence_seconds=settings.engine_silence_seconds)
-            dialect = Dialect(settings.engine_dialect) if settings.engine_dialect else None
-            max_requests = settings.max_concurrent_generations + settings.max_queued_generations
-            engines[name] = OpenAIEngine(connection, Voices(source, store), max_requests=max_requests, dialect=dialect)
+            engines[name] = make(name)
         return engines[name]
 
     default = find(settings.engine)

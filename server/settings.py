@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import math
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,7 @@ from typing import Any
 # Linux allows 108 bytes for the path of a unix socket, its closing zero included.
 _MAX_SOCKET_PATH_BYTES = 107
 # Engines that have a name; all others are servers behind a URL.
-ENGINES = ("embedded",)
+ENGINES = ("embedded", "vllm")
 # Schemes of remote storage, and the package that each needs.
 REMOTE_STORAGE = {"s3": "s3fs", "gs": "gcsfs"}
 
@@ -94,6 +95,17 @@ def _import_roots(text: str) -> tuple[str, ...]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.split(r"[\s,]+", text)))
+
+
+def _file(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _arguments(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"cannot be read as a shell would: {error}") from None
 
 
 def _engine(text: str) -> str:
@@ -184,7 +196,7 @@ class Settings:
         "ENGINE",
         _engine,
         "embedded",
-        "What generates: `embedded`, or the URL of an OpenAI-compatible server (vLLM, SGLang, Ray Serve LLM, llm-d).",
+        "What generates: `embedded`, `vllm` (here), or the URL of an OpenAI-compatible server (vLLM, SGLang, Ray Serve LLM, llm-d).",
     )
     engine_routes: tuple[tuple[str, str], ...] | None = _variable(
         "ENGINE_ROUTES", _routes, "", "Other engines for some base models: `base_model=engine`, separated by spaces or commas."
@@ -198,6 +210,15 @@ class Settings:
     )
     engine_silence_seconds: float = _variable(
         "ENGINE_SILENCE_SECONDS", _number(0.0, 86_400.0), "300", "A server that sends nothing for so long during an answer has failed."
+    )
+    vllm_python: Path = _variable(
+        "VLLM_PYTHON",
+        _file,
+        ".venv-vllm/bin/python",
+        "For the engine `vllm`: the Python that has it; `make test-vllm` makes this one.",
+    )
+    vllm_arguments: tuple[str, ...] | None = _variable(
+        "VLLM_ARGUMENTS", _arguments, "", "More arguments for its server, as in a shell: `--tensor-parallel-size 2 --max-model-len 8192`."
     )
     lease_seconds: float = _variable(
         "LEASE_SECONDS", _number(1.0, 3600.0), "20", "A worker that is silent for so long loses its job to another."
@@ -323,4 +344,7 @@ def _check_together(values: Mapping[str, Any]) -> list[str]:
         problems.append("LEASE_SECONDS must be at least three times HEARTBEAT_SECONDS, or one late heartbeat loses a job.")
     if len(bytes(values["engine_socket"])) > _MAX_SOCKET_PATH_BYTES:
         problems.append(f"ENGINE_SOCKET must have at most {_MAX_SOCKET_PATH_BYTES} bytes.")
+    engines = {values["engine"], *(engine for _, engine in values["engine_routes"] or ())}
+    if "vllm" in engines and not values["vllm_python"].is_file():
+        problems.append(f"VLLM_PYTHON must name a Python for the engine vllm; there is no {values['vllm_python']}.")
     return problems

@@ -43,6 +43,16 @@ def test_engines_are_named_or_lie_behind_a_url_and_may_differ_by_base_model() ->
     assert settings.engine_routes == (("smollm2", "embedded"), ("meta/Llama", "https://gpu-2"))
 
 
+def test_vllm_needs_a_python_that_has_it(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="VLLM_PYTHON must name a Python"):
+        read(ENGINE_ROUTES="llama=vllm", VLLM_PYTHON=str(tmp_path / "python"))
+    (tmp_path / "python").touch()
+    settings = read(ENGINE="vllm", VLLM_PYTHON=str(tmp_path / "python"), VLLM_ARGUMENTS="--dtype 'b f'")
+    assert (settings.engine, settings.vllm_arguments) == ("vllm", ("--dtype", "b f"))
+    with pytest.raises(SettingsError, match="VLLM_ARGUMENTS cannot be read"):
+        read(VLLM_ARGUMENTS="'")
+
+
 @pytest.mark.parametrize("value", ["torch", "gpu-1:8000", "ftp://gpu-1", "http://user:secret@gpu-1", "http://gpu-1:8000?x=1"])
 def test_an_engine_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match="ENGINE must be embedded"):

@@ -4,6 +4,7 @@ A new implementation of the port joins by a maker in `MAKERS`; what it cannot do
 Engines over a real vLLM join in `make test-vllm` only, which has one.
 """
 
+import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -18,12 +19,14 @@ from server.inference.client import EngineClient
 from server.inference.openai.connection import Connection
 from server.inference.openai.engine import OpenAIEngine
 from server.inference.openai.voices import Voices
+from server.inference.vllm.engine import VllmEngine, VllmOptions
+from server.launcher.leash import leash_command
 from server.services.model_ports import Generator
 from server.storage.artefacts import ArtefactStore
 from tests.inference.engine_process import start_engine_process
 from tests.inference.engines import Directories, make_engine
 from tests.inference.versions import make_version
-from tests.inference.vllm_server import VLLM_PYTHON, start_vllm_server
+from tests.inference.vllm_server import VARIABLES, VLLM_PYTHON, start_vllm_server
 from tests.tiny_models import build_tiny_causal_model
 
 BASE = ModelReference("llama", "llama")
@@ -107,12 +110,32 @@ async def _openai(place: Place, request: pytest.FixtureRequest) -> AsyncIterator
     await engine.stop()
 
 
+@pytest.fixture(scope="session")
+async def vllm_engine(place: Place) -> AsyncIterator[VllmEngine]:
+    """An engine that starts a vLLM of its own at first use, for all tests; it gets this process' variables."""
+    options = VllmOptions(
+        Path(VLLM_PYTHON or "none"), ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"), place.storage,
+        lambda command: leash_command(command, signal.SIGTERM), max_requests=64, silence_seconds=60,
+    )  # fmt: skip
+    engine = VllmEngine(Directories({"llama": place.base}), ArtefactStore(place.storage), options)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in VARIABLES.items():
+            patch.setenv(name, value)
+        yield engine
+    await engine.stop()
+
+
+@asynccontextmanager
+async def _vllm(_: Place, request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
+    yield Subject(request.getfixturevalue("vllm_engine"))
+
+
 Maker = Callable[[Place, pytest.FixtureRequest], AbstractAsyncContextManager[Subject]]
-MAKERS: Mapping[str, Maker] = {"embedded": _embedded, "process": _process, **({"openai": _openai} if VLLM_PYTHON else {})}
+MAKERS: Mapping[str, Maker] = {"embedded": _embedded, "process": _process, **({"openai": _openai, "vllm": _vllm} if VLLM_PYTHON else {})}
 
 
 @pytest.fixture(params=MAKERS)
-async def subject(place: Place, request: pytest.FixtureRequest) -> AsyncIterator[Subject]:
-    """Each engine in turn."""
+async def subject(place: Place, request: pytest.FixtureRequest, vllm_engine: VllmEngine) -> AsyncIterator[Subject]:
+    """Each engine in turn. (`vllm_engine` is named here so that it is made outside of the running loop; it starts nothing by itself.)"""
     async with MAKERS[request.param](place, request) as made:
         yield made
