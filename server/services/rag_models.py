@@ -42,7 +42,7 @@ class RagModels:
         found = Violations()
         _check_plain(found, request)
         embedding_model = self._base_models.canonical_name(request.embedding_model)
-        await check_base_model(self._base_models, found, "embedding_model", embedding_model)
+        await check_embedding_model(self._base_models, found, embedding_model)
         await check_cross_encoder(self._base_models, found, request.retrieval)
         check_chunking(found, request.max_chunk_tokens, request.overlap_tokens, embedding_model)
         generator = self._base_models.canonical_name(request.generator_model_id)
@@ -92,6 +92,15 @@ def merge_retrieval(settings: RetrievalSettings, asked: RetrievalOverrides | Non
 def default_retrieval(embedding_model: str) -> RetrievalSettings:
     """Give the settings of a model that says nothing: one whose embeddings were never trained to retrieve also searches by words."""
     return RetrievalSettings(search_mode=SearchMode.HYBRID if find_warnings(embedding_model) else SearchMode.DENSE)
+
+
+async def check_embedding_model(base_models: BaseModels, found: Violations, embedding_model: str) -> None:
+    """Note a model that this service cannot use, whether or not it can be had, and one that cannot be had."""
+    known = find_embedding_model(embedding_model)
+    if known is not None and known.refusal:
+        found.add("embedding_model", known.refusal)
+    else:
+        await check_base_model(base_models, found, "embedding_model", embedding_model)
 
 
 def find_warnings(embedding_model: str) -> Sequence[Finding]:

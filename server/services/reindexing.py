@@ -11,11 +11,10 @@ from server.domain.jobs import Job, JobKind, JobState
 from server.domain.models import Model, ModelState, RagConfiguration
 from server.domain.retrieval import Chunking
 from server.domain.specs import IndexSpec
-from server.services.fine_tuning import check_base_model
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.model_ports import BaseModels
 from server.services.ports import Database, Transaction
-from server.services.rag_models import check_chunking, find_warnings
+from server.services.rag_models import check_chunking, check_embedding_model, find_warnings
 from server.services.requests import ReindexModel
 from server.services.validation import MAX_REQUEST_ID_CHARACTERS, Violations
 
@@ -45,7 +44,7 @@ class Reindexing:
         found.text("request_id", request.request_id, MAX_REQUEST_ID_CHARACTERS)
         named = self._base_models.canonical_name(request.embedding_model)
         if named:
-            await check_base_model(self._base_models, found, "embedding_model", named)
+            await check_embedding_model(self._base_models, found, named)
         async with self._database.transaction(organization) as transaction:
             if issued := await find_issued(transaction, "ReindexModel", request.request_id, body):
                 return Reindexed(await transaction.jobs.get(issued["job_id"]), find_warnings(issued["embedding_model"]))

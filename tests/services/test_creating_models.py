@@ -84,6 +84,13 @@ async def test_a_rag_model_embeds_in_the_numbers_that_it_was_made_with(use_cases
     assert backends == [(EmbeddingBackend.FLOAT32,) * 2, (EmbeddingBackend.BFLOAT16,) * 2]
 
 
+async def test_a_model_that_needs_farasa_is_refused_for_that_though_it_cannot_be_had_either(use_cases: UseCases) -> None:
+    with pytest.raises(InvalidInput) as refusal:
+        await use_cases.models.create_rag_model(ORGANIZATION, rag(embedding_model="aubmindlab/bert-base-arabertv2"))
+    assert fields_of(refusal.value) == ["embedding_model"]
+    assert "Farasa" in refusal.value.data.violations[0].description
+
+
 @pytest.mark.parametrize(
     ("asked", "field"),
     [
