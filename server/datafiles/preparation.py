@@ -103,8 +103,9 @@ class Preparation:
         record = numbered.record
         if isinstance(record, RecordInvalid):
             return replace(_refuse(numbered, record.code, str(record)), is_invalid=True)
-        if record.kind is RecordKind.RETRIEVAL:
-            return _refuse(numbered, "WRONG_RECORD_KIND", "The record is a query to evaluate retrieval by: nothing can be learnt from it.")
+        if not record.kind.can_be_learnt:
+            what = "query to evaluate retrieval by" if record.kind is RecordKind.RETRIEVAL else "prompt without an answer"
+            return _refuse(numbered, "WRONG_RECORD_KIND", f"The record is a {what}: nothing can be learnt from it.")
         if record.is_pair != self._rules.needs_pairs:
             wanted = "has no chosen and rejected answer, which DPO and ORPO learn from" if self._rules.needs_pairs else (
                 "is a preference pair, which only the objectives DPO and ORPO learn from"

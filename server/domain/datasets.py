@@ -36,6 +36,12 @@ class RecordKind(StrEnum):
     TEXT = "TEXT"
     PREFERENCE = "PREFERENCE"
     RETRIEVAL = "RETRIEVAL"
+    PROMPT = "PROMPT"
+
+    @property
+    def can_be_learnt(self) -> bool:
+        """Whether records of this kind say what a model should answer."""
+        return self not in (RecordKind.RETRIEVAL, RecordKind.PROMPT)
 
 
 @dataclass(frozen=True, slots=True)

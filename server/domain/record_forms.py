@@ -165,6 +165,15 @@ def _parse_retrieval(value: Value) -> Record:
     return Record(RecordKind.RETRIEVAL, text=parse_query(value).query)
 
 
+def _parse_prompt(value: Value) -> Record:
+    name = "messages" if "messages" in value else "prompt"
+    if isinstance(prompt := value.get(name), str):
+        return Record(RecordKind.PROMPT, (Turn(TurnRole.USER, _text(prompt, name)),), is_plain=True)
+    turns = _parse_messages(prompt, name)
+    check_turns(turns)
+    return Record(RecordKind.PROMPT, turns, tools=_parse_tools(value))
+
+
 def _make_pair(
     asked: tuple[Turn, ...], chosen: tuple[Turn, ...], rejected: tuple[Turn, ...], tools: tuple[str, ...], *, is_plain: bool
 ) -> Record:
@@ -294,4 +303,5 @@ PARSERS: Mapping[RecordKind, Callable[[Value], Record]] = {
     RecordKind.TEXT: _parse_text,
     RecordKind.PREFERENCE: _parse_preference,
     RecordKind.RETRIEVAL: _parse_retrieval,
+    RecordKind.PROMPT: _parse_prompt,
 }

@@ -196,7 +196,7 @@ def _check_inline(found: Violations, lines: Sequence[bytes]) -> None:
         return
     for place, line in enumerate(lines):
         try:
-            if parse_record(line).kind is RecordKind.RETRIEVAL:
+            if not parse_record(line).kind.can_be_learnt:
                 found.add(f"inline_records[{place}]", "is a query to evaluate retrieval by: nothing can be learnt from it")
         except RecordInvalid as error:
             found.add(f"inline_records[{place}]", f"{error.code}: {error}")
@@ -228,8 +228,9 @@ async def _find_dataset(transaction: Transaction, found: Violations, field: str,
     except NotFound as error:
         found.add(field, str(error))
         return None
-    if dataset.record_kind is RecordKind.RETRIEVAL:
-        found.add(field, "holds queries to evaluate retrieval by: nothing can be learnt from them")
+    if not dataset.record_kind.can_be_learnt:
+        what = "queries to evaluate retrieval by" if dataset.record_kind is RecordKind.RETRIEVAL else "prompts without answers"
+        found.add(field, f"holds {what}: nothing can be learnt from them")
     return dataset
 
 

@@ -24,6 +24,36 @@ def test_a_completion_record_is_marked_as_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "contents", "is_plain"),
+    [
+        (b'{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}', ["s", "q"], False),
+        (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}', ["q", "a"], False),
+        (b'{"prompt": [{"role": "user", "content": "q"}]}', ["q"], False),
+        (b'{"prompt": "Once upon", "completion": "a time"}', ["Once upon"], True),
+    ],
+)
+def test_a_prompt_needs_no_answer(line: bytes, contents: list[str], is_plain: bool) -> None:
+    record = parse_record(line, RecordKind.PROMPT)
+    assert (record.kind, [turn.content for turn in record.turns], record.is_plain) == (RecordKind.PROMPT, contents, is_plain)
+    assert not record.kind.can_be_learnt
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "BAD_ROLE_ORDER"),
+        (b'{"messages": [{"role": "system", "content": "s"}]}', "BAD_ROLE_ORDER"),
+        (b'{"prompt": " "}', "EMPTY_TEXT"),
+        (b'{"completion": "a"}', "EMPTY_MESSAGES"),
+    ],
+)
+def test_what_is_no_prompt_is_told(line: bytes, code: str) -> None:
+    with pytest.raises(RecordInvalid) as refusal:
+        parse_record(line, RecordKind.PROMPT)
+    assert refusal.value.code == code
+
+
+@pytest.mark.parametrize(
     ("line", "code"),
     [
         (b"{", "BROKEN_JSON"), (b"[" * 100_000, "BROKEN_JSON"), (b"[]", "NOT_AN_OBJECT"), (b"{}", "MISSING_FIELD"),

@@ -209,6 +209,10 @@ class Dataset(_message.Message):
         """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
         RECORD_KIND_RETRIEVAL: Dataset._RecordKind.ValueType  # 8
         """A `query` and its `relevant` documents or passages: to evaluate retrieval by, not to train on."""
+        RECORD_KIND_PROMPT: Dataset._RecordKind.ValueType  # 9
+        """`messages` whose last one is the user's or a tool's, or a `prompt`: for batch generation, not to train on. Never recognised by
+        itself, an upload names it.
+        """
 
     class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
         """What its records hold."""
@@ -231,6 +235,10 @@ class Dataset(_message.Message):
     """A `prompt` with a `chosen` and a `rejected` answer, texts or messages."""
     RECORD_KIND_RETRIEVAL: Dataset.RecordKind.ValueType  # 8
     """A `query` and its `relevant` documents or passages: to evaluate retrieval by, not to train on."""
+    RECORD_KIND_PROMPT: Dataset.RecordKind.ValueType  # 9
+    """`messages` whose last one is the user's or a tool's, or a `prompt`: for batch generation, not to train on. Never recognised by
+    itself, an upload names it.
+    """
 
     DATASET_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -258,7 +266,7 @@ class Dataset(_message.Message):
     sha256: _builtins.str
     """SHA-256 of the uploaded file, hexadecimal."""
     record_count: _builtins.int
-    """Records that can be trained on."""
+    """Records that can be used."""
     invalid_record_count: _builtins.int
     """Records that cannot and are left out; `findings` names the first ones."""
     compression: Global___Dataset.Compression.ValueType
