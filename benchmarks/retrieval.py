@@ -106,7 +106,7 @@ async def index(database: PostgresDatabase, embedder: Embedder, collection: Coll
         documents = [document.document_id for document in await transaction.documents.insert(model.model_id, new)]
         await transaction.jobs.insert(job)
     queue = PostgresJobQueue(database)
-    claimed = await queue.claim("benchmark", ClaimLimits(1, 1), 3_600)
+    claimed = await queue.claim("benchmark", ClaimLimits(1, 1, 1), 3_600)
     assert claimed is not None
     await queue.change_state(claimed.lease, JobState.RUNNING, "")
     vectors = embedder.embed(MINILM, collection.passages, EmbedRole.PASSAGE).astype("<f2")

@@ -95,7 +95,7 @@ async def serve(url: str, sizes: Sequence[int]) -> None:
     engine = cast(Engine, LookedUp(sizes))
     none = cast(Any, None)
     inference = InferenceService(engine, none, Retrieval(database, engine), none)
-    server = ApiServer(Services(none, none, inference, none, none), ORGANIZATION, "127.0.0.1:0")
+    server = ApiServer(Services(none, none, inference, none, none, none), ORGANIZATION, "127.0.0.1:0")
     print(await server.start(), flush=True)
     await server.wait()
 

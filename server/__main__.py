@@ -11,6 +11,7 @@ ROLES = {
     "engine": "holds models, generates and embeds",
     "train": "one fine-tuning job; started by a worker",
     "index": "one RAG index job; started by a worker",
+    "batch": "one batch generation; started by a worker",
     "inspect": "look through one file of records, under limits; started by the api",
     "migrate": "bring the database's tables up to date",
 }
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     roles = parser.add_subparsers(dest="role", required=True, metavar="ROLE")
     for role, description in ROLES.items():
         role_parser = roles.add_parser(role, help=description)
-        if role in ("train", "index"):
+        if role in ("train", "index", "batch"):
             role_parser.add_argument("--events-fd", type=int, required=True, help="descriptor that events are written to")
         elif role in ("api", "worker", "engine"):
             role_parser.add_argument("--ready-fd", type=int, help="descriptor that is told when the role is ready")

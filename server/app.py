@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from server.childprocess import Emit, Signals
     from server.db.database import PostgresDatabase
     from server.db.feed import PostgresJobFeed
-    from server.domain.orders import Order
+    from server.domain.orders import BatchOrder, Order
     from server.inference.client import EngineClient
     from server.inference.engine import EmbeddedEngine
     from server.inference.routing import RoutedEngine
@@ -56,7 +56,7 @@ def run(role: str, settings: Settings, *, events_fd: int | None, ready_fd: int |
         from server.launcher.up import run_up
 
         return asyncio.run(run_up(settings))
-    if role in ("train", "index"):
+    if role in ("train", "index", "batch"):
         return _run_child(role, settings, events_fd if events_fd is not None else sys.stdout.fileno())
     if role == "engine":
         return asyncio.run(_until_stopped(lambda stop: _run_engine(settings, stop, ready_fd)))
@@ -120,6 +120,7 @@ def _build_services(
     from server.datafiles.importing import ImportRoot, ImportRoots
     from server.datafiles.inspector import InspectionProcesses
     from server.launcher.machine import measure_machine
+    from server.services.batch_generation import BatchGeneration
     from server.services.datasets import Datasets
     from server.services.documents import Documents
     from server.services.estimating import Estimator
@@ -147,6 +148,7 @@ def _build_services(
     estimator = Estimator(base_models, measure_machine(settings.training_memory_bytes), LengthMeasurer(base_models, engine))
     fine_tuning = FineTuning(database, datasets, base_models, defaults, estimator)
     retrieval = Retrieval(database, engine)
+    artefacts = ArtefactDownloads(_open_artefacts(settings))
     return Services(
         models=ModelService(
             database,
@@ -159,8 +161,9 @@ def _build_services(
         ),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
-        versions=Versions(database, files, ArtefactDownloads(_open_artefacts(settings)), engine),
+        versions=Versions(database, files, artefacts, engine),
         previews=Previews(database, engine, base_models),
+        batches=BatchGeneration(database, references, artefacts),
     )
 
 
@@ -195,9 +198,8 @@ async def _run_worker(settings: Settings, stop: asyncio.Event, ready_fd: int | N
     files = JobFiles(settings.storage_path, _open_objects(settings))
     terms = LeaseTerms(settings.lease_seconds, settings.heartbeat_seconds, settings.max_job_attempts)
     runner = JobRunner(queue, LocalExecution([sys.executable, "-m", "server"]), files, terms)
-    worker = Worker(
-        queue, runner, files, ClaimLimits(settings.max_training_jobs, settings.max_index_jobs), terms, PostgresVectorTables(database)
-    )
+    limits = ClaimLimits(settings.max_training_jobs, settings.max_index_jobs, settings.max_batch_jobs)
+    worker = Worker(queue, runner, files, limits, terms, PostgresVectorTables(database))
     announce_ready(ready_fd)
     try:
         await worker.run(stop)
@@ -275,9 +277,10 @@ def _route_engines(
 
 def _run_child(role: str, settings: Settings, events_fd: int) -> int:
     from server.childprocess import run_child
-    from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder
+    from server.domain.orders import BatchOrder, ExportOrder, FineTuneOrder, IndexOrder
 
-    _prepare_torch(settings)
+    if role != "batch":
+        _prepare_torch(settings)
     source = _make_source(settings)
 
     def work(order: "Order", emit: "Emit", signals: "Signals") -> None:
@@ -303,10 +306,26 @@ def _run_child(role: str, settings: Settings, events_fd: int) -> int:
                 order, settings.storage_path, embedder, emit, signals.should_stop,
                 fetch=lambda path: asyncio.run(files.fetch(path)), limits=limits,
             )  # fmt: skip
+        elif isinstance(order, BatchOrder) and role == "batch":
+            asyncio.run(_answer_batch(settings, order, emit, signals))
         else:
             raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 
     return run_child(work, events_fd)
+
+
+async def _answer_batch(settings: Settings, order: "BatchOrder", emit: "Emit", signals: "Signals") -> None:
+    from server.batches.batch_child import BatchParts, run_batch
+    from server.inference.client import EngineClient
+
+    engine = EngineClient(settings.engine_socket)
+    # People's requests come first where there is a queue; where there is none they find half of the places free.
+    concurrency = max(1, settings.max_concurrent_generations // 2)
+    try:
+        parts = BatchParts(_open_artefacts(settings), _open_files(settings).fetch, engine, concurrency)
+        await run_batch(order, parts, emit, signals)
+    finally:
+        await engine.close()
 
 
 def _open_objects(settings: Settings) -> "RemoteObjects | None":

@@ -178,6 +178,12 @@ class Settings:
         "1",
         "RAG index jobs that run at once, over all workers, and besides as many that build an index anew.",
     )
+    max_batch_jobs: int = _variable(
+        "MAX_BATCH_JOBS",
+        _integer(1, 1000),
+        "1",
+        "Batch generations that run at once, over all workers; each asks the engine for at most half of its places.",
+    )
     default_batch_size: int = _variable(
         "DEFAULT_BATCH_SIZE", _integer(1, 4096), "16", "Records per optimiser step where a request names none."
     )

@@ -3,17 +3,21 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from grpc import aio
 from modeltraining.v1 import inference_service_pb2 as pb
+from modeltraining.v1 import training_job_pb2
 from modeltraining.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from server.api.calls import CURRENT_CALL
+from server.api.decoding import refuse_all_bad
 from server.api.mappers.embedding import embed_from_proto, embedded_to_proto
 from server.api.mappers.evaluation import evaluate_from_proto, evaluation_to_proto
 from server.api.mappers.generation import (
     GenerateMessage,
     PromptMessage,
+    batch_from_proto,
     count_to_proto,
     delta_to_proto,
     finished_to_proto,
@@ -22,10 +26,12 @@ from server.api.mappers.generation import (
     prompt_from_proto,
     rendering_to_proto,
 )
+from server.api.mappers.jobs import job_to_proto
 from server.api.mappers.rag import RagMessage, rag_answer_to_proto, rag_event_to_proto, rag_generate_from_proto
 from server.api.mappers.retrieval import retrieve_from_proto, retrieved_to_proto
 from server.api.pacing import HEARTBEAT_SECONDS, beat_while_idle
 from server.domain.generation import Delta
+from server.services.batch_generation import BatchGeneration
 from server.services.generating import AnswerFinished, ChoiceDelta
 from server.services.inference_service import InferenceService
 from server.services.rag_answers import RagFinished, Sources
@@ -39,8 +45,11 @@ Context = aio.ServicerContext
 class InferenceServicer(InferenceServiceServicer):
     """The use cases of generation and retrieval, for one organization."""
 
-    def __init__(self, service: InferenceService, organization: str, heartbeat_seconds: float = HEARTBEAT_SECONDS) -> None:
+    def __init__(
+        self, service: InferenceService, batches: BatchGeneration, organization: str, heartbeat_seconds: float = HEARTBEAT_SECONDS
+    ) -> None:
         self._service = service
+        self._batches = batches
         self._organization = organization
         self._heartbeat_seconds = heartbeat_seconds
 
@@ -64,6 +73,16 @@ class InferenceServicer(InferenceServiceServicer):
                         yield pb.StreamGenerateResponse(finished=finished_to_proto(event, stream.model))
                     case None:
                         yield pb.StreamGenerateResponse(heartbeat=pb.Heartbeat())
+
+    async def CreateBatchGeneration(
+        self, request: pb.CreateBatchGenerationRequest, context: Context[pb.CreateBatchGenerationRequest, training_job_pb2.TrainingJob]
+    ) -> training_job_pb2.TrainingJob:
+        """Start to answer a dataset's records."""
+        found = Violations()
+        wanted = batch_from_proto(request, found)
+        trial = replace(wanted, validate_only=True, request_id="")
+        await refuse_all_bad(found, lambda: self._batches.create(self._organization, trial))
+        return job_to_proto(await self._batches.create(self._organization, wanted))
 
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Context[pb.CountTokensRequest, pb.CountTokensResponse]

@@ -22,6 +22,7 @@ from server.api.boundary import Boundary
 from server.api.inference_servicer import InferenceServicer
 from server.api.model_servicer import ModelServicer
 from server.api.training_servicer import TrainingServicer
+from server.services.batch_generation import BatchGeneration
 from server.services.inference_service import InferenceService
 from server.services.model_service import ModelService
 from server.services.previews import Previews
@@ -58,6 +59,7 @@ class Services:
     inference: InferenceService
     versions: Versions
     previews: Previews
+    batches: BatchGeneration
 
 
 class ApiServer:
@@ -70,9 +72,9 @@ class ApiServer:
         self._server = aio.server(interceptors=[Boundary(FILES)], options=OPTIONS)
         models = ModelServicer(services.models, services.versions, organization)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(models, self._server)
-        training = TrainingServicer(services.training, services.previews, organization, self._stopping)
+        training = TrainingServicer(services.training, services.previews, services.batches, organization, self._stopping)
         training_service_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
-        inference = InferenceServicer(services.inference, organization)
+        inference = InferenceServicer(services.inference, services.batches, organization)
         inference_service_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*SERVICE_NAMES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], self._server)

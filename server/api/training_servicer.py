@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.empty_pb2 import Empty
 from grpc import aio
 from modeltraining.v1 import dataset_pb2, job_event_pb2, training_job_pb2
@@ -23,19 +24,24 @@ from server.api.mappers.datasets import (
 from server.api.mappers.events import watch_item_to_proto
 from server.api.mappers.jobs import attempt_to_proto, checkpoint_to_proto, job_to_proto, list_jobs_from_proto, metrics_to_proto
 from server.api.pacing import end_when_set
+from server.services.batch_generation import BatchGeneration
 from server.services.previews import Previews
 from server.services.training_service import TrainingService
 from server.services.validation import Violations
 
 Context = aio.ServicerContext
+RESULT_TYPE = "application/jsonl"
 
 
 class TrainingServicer(TrainingServiceServicer):
     """The use cases of jobs and datasets, for one organization. Watches end when `stop` is set: they would never do by themselves."""
 
-    def __init__(self, service: TrainingService, previews: Previews, organization: str, stop: asyncio.Event) -> None:
+    def __init__(
+        self, service: TrainingService, previews: Previews, batches: BatchGeneration, organization: str, stop: asyncio.Event
+    ) -> None:
         self._service = service
         self._previews = previews
+        self._batches = batches
         self._organization = organization
         self._stop = stop
 
@@ -107,6 +113,14 @@ class TrainingServicer(TrainingServiceServicer):
         """List what a job could go on from."""
         found = await self._service.list_checkpoints(self._organization, request.job_id)
         return pb.ListCheckpointsResponse(checkpoints=[checkpoint_to_proto(checkpoint) for checkpoint in found])
+
+    async def DownloadJobResult(
+        self, request: pb.DownloadJobResultRequest, context: Context[pb.DownloadJobResultRequest, HttpBody]
+    ) -> AsyncGenerator[HttpBody, None]:
+        """Stream a job's result."""
+        async with aclosing(self._batches.read_result(self._organization, request.job_id)) as pieces:
+            async for piece in pieces:
+                yield HttpBody(content_type=RESULT_TYPE, data=piece)
 
     async def WatchTrainingJob(
         self, request: pb.WatchTrainingJobRequest, context: Context[pb.WatchTrainingJobRequest, job_event_pb2.JobEvent]

@@ -81,7 +81,7 @@ class PostgresDatasets:
 
 
 def uses_dataset(dataset_id: str) -> ColumnElement[bool]:
-    """Tell of a row of jobs whether it trains or evaluates on this dataset."""
+    """Tell of a row of jobs whether it trains on this dataset, evaluates on it or answers its records."""
     return or_(jobs.c.dataset_id == dataset_id, jobs.c.eval_dataset_id == dataset_id)
 
 
@@ -107,4 +107,5 @@ def dataset_from_row(row: Row[Any]) -> Dataset:
 
 def dataset_file_from_row(row: Row[Any]) -> DatasetFile:
     """Read of a row of `datasets` what a job needs to read the file."""
-    return DatasetFile(row.path, row.sha256, DatasetFormat(row.format), RecordKind(row.record_kind), row.record_count)
+    form, kind = DatasetFormat(row.format), RecordKind(row.record_kind)
+    return DatasetFile(row.path, row.sha256, form, kind, row.record_count, row.invalid_record_count)

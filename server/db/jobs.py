@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, case, false, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -12,13 +12,13 @@ from server.db.datasets import uses_dataset
 from server.db.failures import violated_constraint
 from server.db.locked_job import LockedJob
 from server.db.models import ERROR, MAX_INTEGER, uses_model
-from server.db.tables import IS_ACTIVE, IS_QUEUED, IS_REINDEX, checkpoints, job_events, jobs
+from server.db.tables import IS_ACTIVE, IS_QUEUED, IS_REINDEX, checkpoints, job_events, job_results, jobs
 from server.domain.errors import FailedPrecondition, NotFound
 from server.domain.estimates import Estimate
 from server.domain.events import Evaluated, JobEvent, StateChanged, StepDone
 from server.domain.ids import DATASET, JOB, MODEL, is_id
-from server.domain.jobs import Attempt, Best, Checkpoint, Job, JobKind, JobState, Progress, Usage
-from server.domain.specs import FineTuneSpec, IndexSpec, Spec
+from server.domain.jobs import Attempt, Best, Checkpoint, Job, JobKind, JobResult, JobState, Progress, Usage
+from server.domain.specs import BatchSpec, FineTuneSpec, IndexSpec, Spec
 from server.services.codec import LOGGED_PAYLOAD, SPEC, Codec
 from server.services.ports import JobFilter, Page, TrainingSpeed
 
@@ -75,12 +75,10 @@ class PostgresJobs:
 
     async def list(self, where: JobFilter, page: Page) -> Sequence[Job]:
         """List jobs, newest first."""
-        if where.model_id is not None and not is_id(where.model_id, MODEL):
-            return []
         conditions = [jobs.c.organization == self._organization]
         conditions += [jobs.c.state == where.state] if where.state else []
         conditions += [jobs.c.kind == where.kind] if where.kind else []
-        conditions += [jobs.c.model_id == where.model_id] if where.model_id is not None else []
+        conditions += _of_model(where.model_id) if where.model_id is not None else []
         conditions += [jobs.c.job_id < page.before_id] if page.before_id is not None else []
         query = select_jobs().where(*conditions).order_by(jobs.c.job_id.desc()).limit(page.size)
         return [job_from_row(row) for row in await self._connection.execute(query)]
@@ -179,6 +177,20 @@ class PostgresJobs:
         query = select(checkpoints).where(*self._of_job(checkpoints, job_id)).order_by(checkpoints.c.step.desc())
         return [checkpoint_from_row(row) for row in await self._connection.execute(query)]
 
+    async def get_result(self, job_id: str) -> JobResult:
+        """Read where a job's result lies. Raises NotFound."""
+        await self.get(job_id)
+        row = (await self._connection.execute(select(job_results).where(*self._of_job(job_results, job_id)))).one_or_none()
+        if row is None:
+            raise NotFound.of("result of job", job_id)
+        return JobResult(row.artifact_path, row.manifest_sha256)
+
+    async def list_result_paths(self, model_id: str) -> Sequence[str]:
+        """Give the paths of the results that this model's jobs have."""
+        of_job = (jobs.c.organization == job_results.c.organization, jobs.c.job_id == job_results.c.job_id)
+        mine = (jobs.c.organization == self._organization, jobs.c.model_id == model_id)
+        return list(await self._connection.scalars(select(job_results.c.artifact_path).where(*of_job, *mine)))
+
     async def list_speeds(self, limit: int) -> Sequence[TrainingSpeed]:
         """Give how fast the latest fine-tunings that succeeded have trained, newest first."""
         done = (jobs.c.organization == self._organization, jobs.c.state == JobState.SUCCEEDED, jobs.c.kind == JobKind.FINE_TUNE)
@@ -202,10 +214,10 @@ class PostgresJobs:
 def select_jobs() -> Select[Any]:
     """Select jobs with their queue position and the seconds in which a worker held them, up to now.
 
-    The queue is one for all organizations, and so is the position; index jobs have a queue of their own.
+    The queue is one for all organizations, and so is the position; index jobs and batch generations have queues of their own.
     """
     ahead = jobs.alias("ahead")
-    same_queue = (ahead.c.kind == JobKind.RAG_INDEX) == (jobs.c.kind == JobKind.RAG_INDEX)
+    same_queue = _name_queue(ahead.c.kind) == _name_queue(jobs.c.kind)
     position = select(func.count()).select_from(ahead).where(IS_QUEUED, ahead.c.job_id <= jobs.c.job_id, same_queue).scalar_subquery()
     holding = func.extract("epoch", func.clock_timestamp() - jobs.c.lease_start_time)
     return select(
@@ -215,12 +227,25 @@ def select_jobs() -> Select[Any]:
     )
 
 
+def _name_queue(kind: ColumnElement[str]) -> ColumnElement[str]:
+    return case((kind.in_((JobKind.RAG_INDEX, JobKind.BATCH_GENERATION)), kind), else_="")
+
+
+def _of_model(model_id: str) -> list[ColumnElement[bool]]:
+    """Tell of jobs whether they make or use a model; a base model is used by batch generations alone."""
+    if is_id(model_id, MODEL):
+        return [jobs.c.model_id == model_id]
+    if "\0" in model_id:  # PostgreSQL takes no such text, and no model has such a name
+        return [false()]
+    return [jobs.c.kind == JobKind.BATCH_GENERATION, jobs.c.model_id.is_(None), jobs.c.base_model == model_id]
+
+
 def job_from_row(row: Row[Any]) -> Job:
     """Read a row of `select_jobs`."""
     return Job(
         job_id=row.job_id,
         kind=JobKind(row.kind),
-        model_id=row.model_id,
+        model_id=row.model_id or row.base_model,
         state=JobState(row.state),
         spec=SPEC.from_json(row.spec),
         create_time=row.create_time,
@@ -252,19 +277,18 @@ def _event_from_row(row: Row[Any]) -> JobEvent:
 
 
 def _describe(organization: str, job: Job) -> dict[str, Any]:
-    spec = job.spec if isinstance(job.spec, FineTuneSpec) else None
-    base_model = None if isinstance(job.spec, IndexSpec) else job.spec.base_model
+    spec = job.spec
     return {
         "organization": organization,
         "job_id": job.job_id,
         "kind": job.kind,
-        "model_id": job.model_id,
+        "model_id": job.model_id if is_id(job.model_id, MODEL) else None,
         "state": JobState.VALIDATING,
         "state_reason": "",
         "spec": SPEC.to_json(job.spec),
-        "base_model": base_model,
-        "dataset_id": (spec.dataset_id or None) if spec else None,
-        "eval_dataset_id": (spec.eval_dataset_id or None) if spec else None,
+        "base_model": None if isinstance(spec, IndexSpec) else spec.base_model,
+        "dataset_id": (spec.dataset_id or None) if isinstance(spec, FineTuneSpec | BatchSpec) else None,
+        "eval_dataset_id": (spec.eval_dataset_id or None) if isinstance(spec, FineTuneSpec) else None,
         "progress": PROGRESS.to_json(job.progress),
         "best": BEST.to_json(job.best),
         "held_seconds": 0.0,
@@ -284,12 +308,12 @@ def _describe(organization: str, job: Job) -> dict[str, Any]:
 
 
 def _name_missing(error: IntegrityError, job: Job) -> Exception:
-    spec = job.spec if isinstance(job.spec, FineTuneSpec) else None
+    spec = job.spec
     constraint = violated_constraint(error)
     if constraint == "jobs_model":
         return NotFound.of("model", job.model_id)
-    if spec and constraint == "jobs_dataset_id":
+    if isinstance(spec, FineTuneSpec | BatchSpec) and constraint == "jobs_dataset_id":
         return NotFound.of("dataset", spec.dataset_id)
-    if spec and constraint == "jobs_eval_dataset_id":
+    if isinstance(spec, FineTuneSpec) and constraint == "jobs_eval_dataset_id":
         return NotFound.of("dataset", spec.eval_dataset_id or "")
     return error

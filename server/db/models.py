@@ -158,13 +158,14 @@ class PostgresModels:
         return [version_from_row(row, exports) for row in rows]
 
     async def list_version_users(self, model_id: str, version: int) -> Sequence[str]:
-        """Give the ids of jobs that are not finished and export this version or start from it."""
+        """Give the ids of jobs that are not finished and export this version, generate with it or start from it."""
         if not is_id(model_id, MODEL):
             return []
         start = jobs.c.spec["warm_start_from"]
-        exporting = and_(jobs.c.kind == JobKind.EXPORT, jobs.c.model_id == model_id, jobs.c.spec["version"] == cast(version, JSONB))
+        kinds = (JobKind.EXPORT, JobKind.BATCH_GENERATION)
+        using = and_(jobs.c.kind.in_(kinds), jobs.c.model_id == model_id, jobs.c.spec["version"] == cast(version, JSONB))
         starting = and_(start["model_id"].astext == model_id, start["version"] == cast(version, JSONB))
-        query = select(jobs.c.job_id).where(jobs.c.organization == self._organization, IS_ACTIVE, or_(exporting, starting))
+        query = select(jobs.c.job_id).where(jobs.c.organization == self._organization, IS_ACTIVE, or_(using, starting))
         return list(await self._connection.scalars(query.order_by(jobs.c.job_id)))
 
     async def delete_version(self, model_id: str, version: int) -> None:

@@ -10,6 +10,7 @@ from server.db.jobs import BEST, PROGRESS
 from server.db.locked_job import LockedJob
 from server.db.tables import job_events
 from server.domain.events import (
+    BatchAdvanced,
     CheckpointSaved,
     Evaluated,
     IndexAdvanced,
@@ -54,6 +55,8 @@ async def record_payloads(connection: AsyncConnection, job: LockedJob, payloads:
                 continue
             last_step, tokens = payload.step, max(tokens, payload.tokens)
             memory_bytes = max(memory_bytes, payload.memory_bytes)
+        if isinstance(payload, BatchAdvanced):
+            tokens = max(tokens, payload.counters.tokens)
         # The trainer says which is the best: the base model before step 1 is none that a version could be made of.
         if isinstance(payload, Evaluated) and payload.best:
             best = Best(payload.step, payload.loss)
@@ -102,6 +105,16 @@ def _advance(progress: Progress, payload: LoggedPayload) -> Progress:
             )
         case IndexProgress():
             return replace(progress, step=payload.documents_done, total_steps=payload.documents_total, indexing=payload.counters)
+        case BatchAdvanced():
+            return replace(
+                progress,
+                step=payload.counters.records,
+                total_steps=payload.total_records,
+                tokens=payload.counters.tokens,
+                tokens_per_second=payload.tokens_per_second,
+                eta_seconds=payload.eta_seconds,
+                batch=payload.counters,
+            )
         case IndexAdvanced():
             known = progress.indexing or IndexCounters()
             counters = replace(

@@ -21,7 +21,17 @@ from server.db.progress import record_payloads
 from server.db.rag_indexes import fix_dimension, fix_space
 from server.db.reindexing import DOCUMENTS_CHANGED, commit_reindexed, read_lacking, switch_index
 from server.db.staging import read_staged
-from server.db.tables import IS_HELD, IS_QUEUED, IS_REINDEX, checkpoints, datasets, jobs, model_exports, model_versions
+from server.db.tables import (
+    IS_HELD,
+    IS_QUEUED,
+    IS_REINDEX,
+    checkpoints,
+    datasets,
+    job_results,
+    jobs,
+    model_exports,
+    model_versions,
+)
 from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
@@ -30,7 +40,7 @@ from server.domain.models import ModelVersion
 from server.domain.orders import StagedDocument
 from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, VersionReference
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec, VersionReference
 from server.services.codec import Codec
 from server.services.job_queue import Claim, ClaimLimits, Lease
 
@@ -40,7 +50,8 @@ DOCUMENTS_PER_READ = 16
 _INDEX = Codec[IndexSpec](IndexSpec)
 _READING = DocumentReading()
 _INDEX_KINDS = frozenset({JobKind.RAG_INDEX})
-_TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS
+_BATCH_KINDS = frozenset({JobKind.BATCH_GENERATION})
+_TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS - _BATCH_KINDS
 
 
 class PostgresJobQueue:
@@ -191,7 +202,7 @@ class PostgresJobQueue:
             return committed.dropped_paths
 
     async def complete(self, lease: Lease, result: ResultReady) -> JobState:
-        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE, the index that was built anew answers.
+        """In one transaction: SUCCEEDED, and what the job made: a version, an export, a result, an index that answers; its model READY.
 
         CANCELLING where the job was cancelled meanwhile: nothing was written. QUEUED for another round where documents changed since the
         index that is built anew got them. Raises LeaseLost, and FailedPrecondition where the job is not FINALIZING.
@@ -240,6 +251,12 @@ class PostgresJobQueue:
         async with self._database.begin() as connection:
             await connection.execute(delete(checkpoints).where(*of_job, jobs.c.state == JobState.FAILED, ended))
 
+    async def drop_old_results(self, max_age_seconds: float) -> None:
+        """Forget the results that were made so long ago; their files become orphans."""
+        oldest = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, max_age_seconds)
+        async with self._database.begin() as connection:
+            await connection.execute(delete(job_results).where(job_results.c.create_time < oldest))
+
     async def remove_idle_indexes(self) -> Sequence[str]:
         """Remove indexes of RAG models that do not answer and that no job builds, in batches. Gives a line for each."""
         removed = await remove_idle_indexes(self._database)
@@ -248,9 +265,9 @@ class PostgresJobQueue:
     async def list_live_directories(self) -> Collection[str]:
         """Give every artefact, checkpoint, dataset and document path that a row names or a held job may write, for clearing up orphans."""
         model_path = jobs.c.organization + "/models/" + jobs.c.model_id + "/"
-        writing = select(model_path + jobs.c.job_id + "-" + cast(jobs.c.lease_epoch, Text)).where(IS_HELD)
+        writing = select(model_path + jobs.c.job_id + "-" + cast(jobs.c.lease_epoch, Text)).where(IS_HELD, jobs.c.model_id.is_not(None))
         working = select(jobs.c.organization + "/jobs/" + jobs.c.job_id).where(IS_HELD)
-        results = (select(model_versions.c.artifact_path), select(model_exports.c.artifact_path))
+        results = (select(table.c.artifact_path) for table in (model_versions, model_exports, job_results))
         files = (select(table.c.path).where(table.c.path != "") for table in (documents, staged_documents))
         named = (*results, select(checkpoints.c.path), select(datasets.c.path), *files)
         async with self._database.begin() as connection:
@@ -264,6 +281,7 @@ def _list_free(held: Mapping[tuple[JobKind, bool], int], limits: ClaimLimits) ->
         (_TRAINING_KINDS, False, limits.training_jobs),
         (_INDEX_KINDS, False, limits.index_jobs),
         (_INDEX_KINDS, True, limits.index_jobs),
+        (_BATCH_KINDS, False, limits.batch_jobs),
     )
     for kinds, is_reindex, most in rooms:
         if sum(held.get((kind, is_reindex), 0) for kind in kinds) < most:
@@ -305,6 +323,7 @@ async def _read_claim(connection: AsyncConnection, lease: Lease) -> Claim:
         next((checkpoint for checkpoint in kept if checkpoint.best), None),
         await _read_version(connection, lease.organization, job),
         await _read_calibrated(connection, lease.organization, job),
+        sorted(kept, key=lambda checkpoint: checkpoint.step),
     )
 
 
@@ -317,9 +336,9 @@ async def _read_calibrated(connection: AsyncConnection, organization: str, job: 
 
 
 async def _read_version(connection: AsyncConnection, organization: str, job: Job) -> ModelVersion | None:
-    """Read the version that an export writes or a warm start begins with; None for any other job, and where it is gone."""
+    """Read the version that an export writes, a batch is answered by or a warm start begins with; None where there is none, or no more."""
     match job.spec:
-        case ExportSpec(version=version):
+        case ExportSpec(version=int(version)) | BatchSpec(version=int(version)):
             model_id = job.model_id
         case FineTuneSpec(warm_start_from=VersionReference(model_id=model_id, version=int(version))):
             pass

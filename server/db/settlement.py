@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.db.document_tables import IndexKey
 from server.db.locked_job import LockedJob
 from server.db.rag_indexes import mark_ready
-from server.db.tables import model_exports, model_versions, models
+from server.db.tables import job_results, model_exports, model_versions, models
 from server.domain.errors import ErrorData
 from server.domain.events import ResultReady
 from server.domain.jobs import OUT_OF_MEMORY_SUGGESTION, FailureReason, JobKind, JobState
@@ -23,7 +23,7 @@ _FINE_TUNE = Codec[FineTuneSpec](FineTuneSpec)
 
 
 async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultReady) -> None:
-    """Move a FINALIZING job to SUCCEEDED, with the model version that it made. The model becomes READY and serves it."""
+    """Move a FINALIZING job to SUCCEEDED, with what it made. The model of one that makes a version becomes READY and serves it."""
     row = job.row
     job.move(JobState.SUCCEEDED)
     job.set(
@@ -34,6 +34,9 @@ async def succeed(connection: AsyncConnection, job: LockedJob, result: ResultRea
     await job.write()
     if row.kind == JobKind.EXPORT:
         await _insert_export(connection, row, result)
+        return
+    if row.kind == JobKind.BATCH_GENERATION:
+        await _insert_result(connection, row, result)
         return
     own = (models.c.organization == row.organization, models.c.model_id == row.model_id)
     ready: dict[str, Any] = {"state": ModelState.READY, "error": None, "update_time": func.clock_timestamp()}
@@ -91,6 +94,18 @@ async def _insert_export(connection: AsyncConnection, row: Any, result: ResultRe
     await connection.execute(statement.on_conflict_do_update(index_elements=key, set_=export))
 
 
+async def _insert_result(connection: AsyncConnection, row: Any, result: ResultReady) -> None:
+    values = {
+        "organization": row.organization,
+        "job_id": row.job_id,
+        "artifact_path": result.artifact_path,
+        "manifest_sha256": result.manifest_sha256,
+        "size_bytes": result.size_bytes,
+        "create_time": func.clock_timestamp(),
+    }
+    await connection.execute(insert(job_results).values(values))
+
+
 async def fail(connection: AsyncConnection, job: LockedJob, reason: FailureReason, error: ErrorData) -> JobState:
     """Move a job to FAILED; to CANCELLED where that was asked for before it failed. Give the state reached."""
     if job.state is JobState.CANCELLING:
@@ -145,8 +160,8 @@ def _crash_loop(failure: FailureReason, crashes: int, reason: str) -> ErrorData:
 
 
 async def _fail_model(connection: AsyncConnection, job: Any, error: ErrorData) -> None:
-    """Mark a model FAILED that its job has left CREATING; one that serves already goes on serving, and an export changes no model."""
-    if job.kind == JobKind.EXPORT:
+    """Mark a model FAILED that its job has left CREATING; one that serves already goes on serving."""
+    if not JobKind(job.kind).makes_model:
         return
     own = (models.c.organization == job.organization, models.c.model_id == job.model_id, models.c.state == ModelState.CREATING)
     values = {"state": ModelState.FAILED, "error": _ERROR.to_json(error), "update_time": func.clock_timestamp()}

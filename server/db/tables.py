@@ -143,7 +143,8 @@ jobs = Table(
     identifier("organization"),
     identifier("job_id"),
     string("kind"),
-    identifier("model_id"),
+    # NULL: it uses the base model of `base_model` and makes none.
+    identifier("model_id", nullable=True),
     string("state"),
     string("state_reason"),
     json("spec"),
@@ -225,6 +226,20 @@ checkpoints = Table(
     Column("best", Boolean, nullable=False),
     PrimaryKeyConstraint("organization", "job_id", "step"),
     ForeignKeyConstraint(["organization", "job_id"], ["jobs.organization", "jobs.job_id"], name="checkpoints_of_job", ondelete="CASCADE"),
+)
+
+# Of jobs whose result is a file to download, and no version.
+job_results = Table(
+    "job_results",
+    metadata,
+    identifier("organization"),
+    identifier("job_id"),
+    string("artifact_path"),
+    string("manifest_sha256"),
+    size("size_bytes"),
+    time("create_time"),
+    PrimaryKeyConstraint("organization", "job_id"),
+    ForeignKeyConstraint(["organization", "job_id"], ["jobs.organization", "jobs.job_id"], name="job_results_of_job", ondelete="CASCADE"),
 )
 
 requests = Table(

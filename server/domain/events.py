@@ -11,7 +11,7 @@ from typing import Literal
 from server.domain.documents import DOCUMENT_INVALID, DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.findings import Finding
-from server.domain.jobs import FailureReason, IndexCounters, JobState
+from server.domain.jobs import BatchCounters, FailureReason, IndexCounters, JobState
 from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
 
@@ -29,7 +29,7 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The child has its data and model ready. For RAG_INDEX total_steps counts documents."""
+    """The child has its data and model ready. For RAG_INDEX total_steps counts documents, for BATCH_GENERATION records."""
 
     total_steps: int
     resumed_from_step: int = 0
@@ -158,6 +158,17 @@ class IndexAdvanced:
     kind: Literal["index_advanced"] = "index_advanced"
 
 
+@dataclass(frozen=True, slots=True)
+class BatchAdvanced:
+    """How far a BATCH_GENERATION job is, all attempts together. `eta_seconds` None: not known yet."""
+
+    counters: BatchCounters
+    total_records: int
+    tokens_per_second: float = 0.0
+    eta_seconds: float | None = None
+    kind: Literal["batch_advanced"] = "batch_advanced"
+
+
 LoggedPayload = (
     StateChanged
     | Preparing
@@ -170,6 +181,7 @@ LoggedPayload = (
     | Warned
     | IndexProgress
     | IndexAdvanced
+    | BatchAdvanced
 )
 
 
@@ -252,6 +264,7 @@ ChildEvent = (
     | Sampled
     | Warned
     | IndexAdvanced
+    | BatchAdvanced
     | SpaceFound
     | DocumentIndexed
     | Finalizing

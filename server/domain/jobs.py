@@ -9,6 +9,8 @@ from server.domain.errors import ErrorData
 from server.domain.estimates import Estimate
 from server.domain.specs import Spec
 
+BATCH_RESULT_NAME = "result.jsonl"  # the file in the artefact of a BATCH_GENERATION
+
 
 class JobKind(StrEnum):
     """What a job makes."""
@@ -16,6 +18,12 @@ class JobKind(StrEnum):
     FINE_TUNE = "FINE_TUNE"
     RAG_INDEX = "RAG_INDEX"
     EXPORT = "EXPORT"
+    BATCH_GENERATION = "BATCH_GENERATION"
+
+    @property
+    def makes_model(self) -> bool:
+        """Whether the job's model comes to be, or fails, with it; the others only use one."""
+        return self in (JobKind.FINE_TUNE, JobKind.RAG_INDEX)
 
 
 class JobState(StrEnum):
@@ -134,8 +142,28 @@ class IndexCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchCounters:
+    """What became of the records of a BATCH_GENERATION job, all attempts together."""
+
+    answered_records: int = 0
+    failed_records: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def records(self) -> int:
+        """Records that are done, one way or the other."""
+        return self.answered_records + self.failed_records
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read and written."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is. For RAG_INDEX a step is a document."""
+    """How far a job is. For RAG_INDEX a step is a document, for BATCH_GENERATION a record."""
 
     step: int = 0
     total_steps: int = 0
@@ -145,6 +173,7 @@ class Progress:
     eta_seconds: float | None = None
     loss: float | None = None
     indexing: IndexCounters | None = None
+    batch: BatchCounters | None = None
 
     @property
     def fraction(self) -> float:
@@ -173,7 +202,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job as stored. `lease_epoch` is the fencing token; `last_step` the last step in the event log."""
+    """One job as stored. `lease_epoch` is the fencing token; `last_step` the last step in the event log.
+
+    `model_id` is the model that it makes or uses: of a BATCH_GENERATION perhaps a base model, by its name.
+    """
 
     job_id: str
     kind: JobKind
@@ -205,7 +237,10 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A saved point that a job can go on from. `path` is relative to MODEL_STORAGE_PATH."""
+    """A saved point that a job can go on from; of a BATCH_GENERATION the results since the one before.
+
+    `path` is relative to MODEL_STORAGE_PATH.
+    """
 
     step: int
     path: str
@@ -213,6 +248,14 @@ class Checkpoint:
     create_time: datetime
     eval_loss: float | None = None
     best: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """Where the file lies that a job has made: an artefact, its path relative to MODEL_STORAGE_PATH, sealed by its manifest."""
+
+    path: str
+    manifest_sha256: str
 
 
 @dataclass(frozen=True, slots=True)

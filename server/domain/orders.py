@@ -5,18 +5,20 @@ from typing import Literal
 
 from server.domain.datasets import DatasetFormat, RecordKind
 from server.domain.documents import DocumentContent
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+from server.domain.generation import ModelReference
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetFile:
-    """Where a dataset's file lies and how to read it. `record_kind` MIXED: recognised record by record."""
+    """Where a dataset's file lies and how to read it. `record_kind` MIXED: recognised record by record. The count is of good ones."""
 
     path: str
     sha256: str
     format: DatasetFormat
     record_kind: RecordKind
     record_count: int
+    invalid_record_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,25 @@ class ExportOrder:
     kind: Literal["export"] = "export"
 
 
-Order = FineTuneOrder | IndexOrder | ExportOrder
+@dataclass(frozen=True, slots=True)
+class BatchOrder:
+    """Answer the records of a dataset that the parts, in their order, have no answer to; then put all together at `artifact_path`.
+
+    New parts go to `{job_path}/checkpoint-{records done}-{lease_epoch}`.
+    """
+
+    job_id: str
+    lease_epoch: int
+    spec: BatchSpec
+    model: ModelReference
+    dataset: DatasetFile
+    job_path: str
+    artifact_path: str
+    part_paths: tuple[str, ...] = ()
+    kind: Literal["batch_generation"] = "batch_generation"
+
+
+Order = FineTuneOrder | IndexOrder | ExportOrder | BatchOrder
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Literal
 
 from server.domain.embeddings import EmbeddingBackend
+from server.domain.generation import GenerationParameters, HistoryPolicy
 from server.domain.retrieval import FIRST_INDEX, Chunking
 from server.domain.techniques import Technique
 
@@ -180,4 +181,20 @@ class ExportSpec:
     kind: Literal["export"] = "export"
 
 
-Spec = FineTuneSpec | IndexSpec | ExportSpec
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """A BATCH_GENERATION job, whole: answers each record of a dataset by a base model, or by a version of the job's model.
+
+    `parameters.seed` is set wherever it counts, so that the job can be repeated from its row.
+    """
+
+    base_model: str
+    version: int | None
+    dataset_id: str
+    dataset_sha256: str
+    parameters: GenerationParameters
+    history: HistoryPolicy = HistoryPolicy.REFUSE
+    kind: Literal["batch_generation"] = "batch_generation"
+
+
+Spec = FineTuneSpec | IndexSpec | ExportSpec | BatchSpec

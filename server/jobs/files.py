@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncIterator, Collection, Iterator
 from pathlib import Path, PurePosixPath
 
-from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+from server.domain.generation import ModelReference
+from server.domain.orders import BatchOrder, DatasetFile, ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.trees import DiskTree, ObjectTree, Tree, remove_objects
 from server.services.codec import Codec
 from server.services.job_queue import Claim
@@ -40,8 +41,13 @@ class JobFiles:
         return f"{claim.lease.organization}/jobs/{claim.job.job_id}"
 
     def artifact_path(self, claim: Claim) -> str:
-        """Name the directory of the result. It carries the epoch, so that a worker that lost its lease overwrites nothing."""
-        return f"{claim.lease.organization}/models/{claim.job.model_id}/{claim.job.job_id}-{claim.lease.epoch}"
+        """Name the directory of the result. It carries the epoch, so that a worker that lost its lease overwrites nothing.
+
+        What is no version belongs to no model, and lies with its job.
+        """
+        of_job = isinstance(claim.job.spec, BatchSpec)
+        room = self.job_path(claim) if of_job else f"{claim.lease.organization}/models/{claim.job.model_id}"
+        return f"{room}/{claim.job.job_id}-{claim.lease.epoch}"
 
     def log_path(self, claim: Claim) -> Path:
         """Name the log of this attempt, absolute."""
@@ -58,6 +64,8 @@ class JobFiles:
             return self._order_export(claim, job.spec)
         if claim.dataset is None:
             raise ValueError(f"job {job.job_id} was claimed without its dataset")
+        if isinstance(job.spec, BatchSpec):
+            return self._order_batch(claim, job.spec, claim.dataset)
         if isinstance(job.spec, FineTuneSpec) and job.spec.warm_start_from is not None and claim.version is None:
             # Or it would quietly start from the base model.
             raise ValueError(f"job {job.job_id} was claimed without the version that it starts from")
@@ -87,6 +95,23 @@ class JobFiles:
             artifact_path=self.artifact_path(claim),
         )
 
+    def _order_batch(self, claim: Claim, spec: BatchSpec, dataset: DatasetFile) -> BatchOrder:
+        version = claim.version
+        if spec.version is not None and version is None:
+            # Or the base model would quietly answer.
+            raise ValueError(f"job {claim.job.job_id} was claimed without its version")
+        adapter = (version.version, version.artifact_path, version.manifest_sha256) if version else (None, None, None)
+        return BatchOrder(
+            job_id=claim.job.job_id,
+            lease_epoch=claim.lease.epoch,
+            spec=spec,
+            model=ModelReference(claim.job.model_id, spec.base_model, *adapter),
+            dataset=dataset,
+            job_path=self.job_path(claim),
+            artifact_path=self.artifact_path(claim),
+            part_paths=tuple(part.path for part in claim.checkpoints),
+        )
+
     async def _write_documents(self, path: str, documents: AsyncIterator[StagedDocument]) -> int:
         target = self._root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,25 +134,28 @@ class JobFiles:
 
     def delete_results(self, claim: Claim, keep: str | None) -> None:
         """Remove what this attempt and earlier ones wrote as the job's result, but for `keep`. A later attempt's is not ours to touch."""
-        model, start = str(PurePosixPath(self.artifact_path(claim)).parent), f"{claim.job.job_id}-"
-        for tree in self._trees(model):
-            for name in tree.list(model):
+        room, start = str(PurePosixPath(self.artifact_path(claim)).parent), f"{claim.job.job_id}-"
+        for tree in self._trees(room):
+            for name in tree.list(room):
                 epoch = name.removeprefix(start).removesuffix(_PARTIAL)
                 written = name.startswith(start) and epoch.isdecimal() and int(epoch) <= claim.lease.epoch
-                if written and f"{model}/{name}" != keep:
-                    tree.remove(f"{model}/{name}")
+                if written and f"{room}/{name}" != keep:
+                    tree.remove(f"{room}/{name}")
 
-    def delete_job(self, claim: Claim, *, for_retry: bool) -> None:
-        """Remove the job's own directory and the checkpoint that it began from; for a retry its logs and checkpoints stay."""
-        inherited = [] if for_retry else [each.path for each in (claim.checkpoint, claim.best_checkpoint) if each is not None]
+    def delete_job(self, claim: Claim, *, for_retry: bool, keep: str | None = None) -> None:
+        """Remove the job's own directory and the checkpoints that it began from; for a retry its logs and checkpoints stay.
+
+        A result that lies in the directory stays, too: `keep`.
+        """
+        inherited = [] if for_retry else [each.path for each in claim.checkpoints]
         job = self.job_path(claim)
         for tree in self._trees(job):
             for name in tree.list(job):
-                if not (for_retry and (_is_log(name) or _is_checkpoint(name))):
+                if f"{job}/{name}" != keep and not (for_retry and (_is_log(name) or _is_checkpoint(name))):
                     tree.remove(f"{job}/{name}")
         for path in inherited:
             self.delete(path)
-        if not for_retry:
+        if not for_retry and not self._disk.list(job):
             self._disk.remove(job)
 
     def sweep(self, live: Collection[str], now: float | None = None) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from server.domain.events import ChildEvent
-from server.domain.orders import IndexOrder, Order
+from server.domain.orders import BatchOrder, IndexOrder, Order
 from server.jobs.execution import RunningWork, WorkEnd
 from server.jobs.memory_kills import count_memory_kills
 from server.services.codec import CHILD_EVENT, ORDER
@@ -27,7 +27,7 @@ _MAX_TAIL_LINE_CHARACTERS = 500
 
 
 class LocalExecution:
-    """Starts `program` (such as `python -m server`) with `train` or `index` and `--events-fd N` added."""
+    """Starts `program` (such as `python -m server`) with `train`, `index` or `batch` and `--events-fd N` added."""
 
     def __init__(self, program: Sequence[str], count_kills: Callable[[], int] = count_memory_kills) -> None:
         self._program = tuple(program)
@@ -35,8 +35,7 @@ class LocalExecution:
 
     async def start(self, order: Order, log_path: Path) -> RunningWork:
         """Start the child and hand it the order."""
-        # An export loads and merges a base model: the trainer's work.
-        role = "index" if isinstance(order, IndexOrder) else "train"
+        role = _name_role(order)
         kills = self._count_kills()
         read_fd, write_fd = os.pipe()
         reader = asyncio.StreamReader()
@@ -57,6 +56,17 @@ class LocalExecution:
         child = LocalChild(process, reader, pipe, _BoundedLog(log_path), lambda: self._count_kills() > kills)
         child.send(ORDER.encode(order) + b"\n")
         return child
+
+
+def _name_role(order: Order) -> str:
+    match order:
+        case IndexOrder():
+            return "index"
+        case BatchOrder():
+            return "batch"
+        case _:
+            # An export loads and merges a base model: the trainer's work.
+            return "train"
 
 
 class LocalChild:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from server.domain.errors import Unavailable
 from server.domain.events import (
+    BatchAdvanced,
     CheckpointSaved,
     ChildEvent,
     DataChecked,
@@ -36,7 +37,8 @@ from server.services.job_queue import JobQueue, Lease
 T = TypeVar("T")
 
 # The latest one to go on from, and one before it in case that the disk loses the latest.
-_KEEP_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 2
+ALL_CHECKPOINTS = 2**31 - 1
 _RETRY_SECONDS = 1.0
 # One sign of progress in the log for each such time: reading a hundred thousand records gives many more.
 _PREPARING_SECONDS = 2.0
@@ -55,8 +57,17 @@ async def persist(call: Callable[[], Awaitable[T]]) -> T:
 class Relay:
     """The way of one child's events into the log of its job."""
 
-    def __init__(self, queue: JobQueue, lease: Lease, files: JobFiles, document_count: int = 0, counters: IndexCounters = _NOTHING) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        lease: Lease,
+        files: JobFiles,
+        document_count: int = 0,
+        counters: IndexCounters = _NOTHING,
+        kept_checkpoints: int = KEPT_CHECKPOINTS,
+    ) -> None:
         """`document_count` and `counters` are those of an index job: of all its attempts, and what the earlier ones committed."""
+        self._kept_checkpoints = kept_checkpoints
         self._queue = queue
         self._lease = lease
         self._files = files
@@ -92,7 +103,7 @@ class Relay:
             case Evaluated():
                 self._last_evaluation = event
                 self._pending.append(event)
-            case StepDone() | Warned() | DataChecked() | Sampled():
+            case StepDone() | Warned() | DataChecked() | Sampled() | BatchAdvanced():
                 self._pending.append(event)
             case Preparing():
                 if time.monotonic() >= self._next_preparing:
@@ -135,7 +146,7 @@ class Relay:
         evaluated = self._last_evaluation
         eval_loss = evaluated.loss if evaluated and evaluated.step == event.step else None
         checkpoint = Checkpoint(event.step, event.path, event.size_bytes, datetime.now(UTC), eval_loss, event.best)
-        dropped = await persist(lambda: self._queue.record_checkpoint(self._lease, checkpoint, _KEEP_CHECKPOINTS))
+        dropped = await persist(lambda: self._queue.record_checkpoint(self._lease, checkpoint, self._kept_checkpoints))
         for old in dropped:
             await asyncio.to_thread(self._files.delete, old.path)
 

@@ -11,11 +11,11 @@ from server.childprocess import explain_failure
 from server.domain.errors import ErrorData, FailedPrecondition, InvalidInput, LeaseLost, Unavailable
 from server.domain.events import Failed, Paused, ResultReady
 from server.domain.jobs import TERMINAL_STATES, FailureReason, IndexCounters, JobFailure, JobState
-from server.domain.orders import IndexOrder
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec
+from server.domain.orders import BatchOrder, IndexOrder
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec
 from server.jobs.execution import Execution, RunningWork, WorkEnd
 from server.jobs.files import JobFiles
-from server.jobs.relay import Relay, persist
+from server.jobs.relay import ALL_CHECKPOINTS, KEPT_CHECKPOINTS, Relay, persist
 from server.services.job_queue import Claim, JobQueue
 
 _logger = logging.getLogger(__name__)
@@ -152,7 +152,9 @@ class JobRunner:
         document_count = claim.job.progress.step + order.document_count if isinstance(order, IndexOrder) else 0
         try:
             counters = (claim.job.progress.indexing or IndexCounters()).begin_attempt()
-            relay = held.relay = Relay(self._queue, claim.lease, self._files, document_count, counters)
+            # The parts of a batch are its result so far: all are needed.
+            kept = ALL_CHECKPOINTS if isinstance(order, BatchOrder) else KEPT_CHECKPOINTS
+            relay = held.relay = Relay(self._queue, claim.lease, self._files, document_count, counters, kept)
             ending = await relay.run(child.read_events())
             if ending is None:
                 return self._explain_silence(held, child, await child.wait())
@@ -225,7 +227,7 @@ class JobRunner:
         result = ending.artifact_path if isinstance(ending, ResultReady) and state is JobState.SUCCEEDED else None
         self._files.delete_results(claim, keep=result)
         if state in TERMINAL_STATES:
-            self._files.delete_job(claim, for_retry=state is JobState.FAILED)
+            self._files.delete_job(claim, for_retry=state is JobState.FAILED, keep=result)
 
 
 class _HeldJob:
@@ -245,7 +247,13 @@ class _HeldJob:
 def _check_inputs(claim: Claim) -> None:
     """Demand the version that a job works on: it may have been deleted since the job was created. Raises JobFailure."""
     spec = claim.job.spec
-    needs_version = isinstance(spec, ExportSpec) or (isinstance(spec, FineTuneSpec) and spec.warm_start_from is not None)
+    match spec:
+        case ExportSpec():
+            needs_version = True
+        case BatchSpec():
+            needs_version = spec.version is not None
+        case _:
+            needs_version = isinstance(spec, FineTuneSpec) and spec.warm_start_from is not None
     if needs_version and claim.version is None:
         raise JobFailure(
             FailureReason.ARTIFACT_INVALID, "The version that the job works on does not exist any more.", "Name one that is there."

@@ -23,6 +23,10 @@ _TEND_SECONDS = 5.0
 _RETRY_SECONDS = 7 * 24 * 3600.0
 
 
+# How long the result of a batch generation can be downloaded. The README says so.
+_RESULT_SECONDS = 30 * 24 * 3600.0
+
+
 class Worker:
     """Claims and runs jobs until told to stop."""
 
@@ -123,6 +127,7 @@ class Worker:
             return
         self._next_sweep = time.monotonic() + _SWEEP_SECONDS
         await self._queue.drop_old_checkpoints(_RETRY_SECONDS)
+        await self._queue.drop_old_results(_RESULT_SECONDS)
         live = await self._queue.list_live_directories()
         for path in await asyncio.to_thread(self._files.sweep, live):
             _logger.info("removed an orphan: %s", path)

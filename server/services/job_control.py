@@ -5,14 +5,15 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from server.domain.errors import FailedPrecondition, NotFound
-from server.domain.ids import JOB, new_id
+from server.domain.ids import JOB, MODEL, is_id, new_id
 from server.domain.jobs import Best, Checkpoint, Job, JobKind, JobState, cancelled_from, paused_from
 from server.domain.models import JOB_CANCELLED, Model, ModelState
-from server.domain.specs import ExportSpec, FineTuneSpec, IndexSpec, Spec, VersionReference
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec, Spec, VersionReference
 from server.services.ports import Database, Files, Transaction
 
 # Evaluations looked at for the best one that a retry goes on from.
 _MAX_EVALUATIONS = 100_000
+_PAUSABLE = (JobKind.FINE_TUNE, JobKind.BATCH_GENERATION)
 
 
 class JobControl:
@@ -43,11 +44,14 @@ class JobControl:
         return cancelled
 
     async def pause(self, organization: str, job_id: str) -> Job:
-        """Pause a fine-tuning; again is harmless. Raises NotFound, FailedPrecondition for what cannot be paused, or not any more."""
+        """Pause a fine-tuning or a batch generation; again is harmless.
+
+        Raises NotFound, FailedPrecondition for what cannot be paused, or not any more.
+        """
         async with self._database.transaction(organization) as transaction:
             job = await transaction.jobs.get(job_id, lock=True)
-            if job.kind is not JobKind.FINE_TUNE:
-                raise _refuse(job, "JOB_CANNOT_PAUSE", f"is of kind {job.kind.value}: only a FINE_TUNE can be paused")
+            if job.kind not in _PAUSABLE:
+                raise _refuse(job, "JOB_CANNOT_PAUSE", f"is of kind {job.kind.value}: only {' and '.join(_PAUSABLE)} can be paused")
             state = paused_from(job.state)
             if state is None:
                 ended = "is finished" if job.is_finished else "cannot be paused any more"
@@ -63,7 +67,7 @@ class JobControl:
         """Store a job that does the same again; give that one. Raises NotFound, FailedPrecondition for a job that cannot be retried."""
         async with self._database.transaction(organization) as transaction:
             # The model first, as who deletes it does. What it has, its versions and datasets, stays until this is committed.
-            model = await transaction.models.get((await transaction.jobs.get(job_id)).model_id, lock=True)
+            model = await _lock_model(transaction, (await transaction.jobs.get(job_id)).model_id)
             job = await transaction.jobs.get(job_id, lock=True)
             if job.state not in (JobState.FAILED, JobState.CANCELLED):
                 raise _refuse(job, "JOB_CANNOT_RETRY", "cannot be retried: only one that FAILED or was CANCELLED can")
@@ -74,6 +78,11 @@ class JobControl:
             again = _repeat(job, await _renew_spec(transaction, model, job.spec), await _find_best(transaction, job))
             await transaction.jobs.insert(again)
             return await transaction.jobs.get(again.job_id)
+
+
+async def _lock_model(transaction: Transaction, model_id: str) -> Model | None:
+    """Lock a job's model; None where that is a base model."""
+    return await transaction.models.get(model_id, lock=True) if is_id(model_id, MODEL) else None
 
 
 def _refuse(job: Job, reason: str, what: str, **more: str) -> FailedPrecondition:
@@ -119,6 +128,10 @@ async def _demand_inputs(transaction: Transaction, job: Job) -> None:
                     await transaction.datasets.get(dataset_id)
                 if isinstance(spec.warm_start_from, VersionReference):
                     await transaction.models.get_version(spec.warm_start_from.model_id, spec.warm_start_from.version or 0)
+            case BatchSpec() as spec:
+                await transaction.datasets.get(spec.dataset_id)
+                if spec.version is not None:
+                    await transaction.models.get_version(job.model_id, spec.version)
             case ExportSpec(version=version):
                 await transaction.models.get_version(job.model_id, version)
             case IndexSpec(is_reindex=True):
@@ -131,25 +144,29 @@ async def _demand_inputs(transaction: Transaction, job: Job) -> None:
         raise _refuse(job, "JOB_INPUT_GONE", f"cannot be retried, for what it works on was deleted: {str(error).rstrip('.')}") from error
 
 
-async def _renew_spec(transaction: Transaction, model: Model, spec: Spec) -> Spec:
+async def _renew_spec(transaction: Transaction, model: Model | None, spec: Spec) -> Spec:
     """Give what the job is to do now: what was built of an index is gone, and another index may answer by now."""
-    if not isinstance(spec, IndexSpec) or model.rag is None:
+    if not isinstance(spec, IndexSpec) or model is None or model.rag is None:
         return spec
     if spec.is_reindex:
         return replace(spec, index_number=await transaction.models.add_index(model.model_id, spec.embedding_model, spec.chunking))
     return IndexSpec(model.rag.embedding_model, model.rag.chunking, model.rag.index_number, model.rag.embedding_backend)
 
 
-async def _revive_model(transaction: Transaction, model: Model, job: Job) -> None:
-    """A model that FAILED with the job comes to be again; one that serves goes on serving, and an export changes no model."""
+async def _revive_model(transaction: Transaction, model: Model | None, job: Job) -> None:
+    """A model that FAILED with the job comes to be again; one that serves goes on serving."""
+    if model is None:
+        return
     if model.state is ModelState.DELETING:
         raise _refuse(job, "MODEL_DELETING", "cannot be retried: its model is being deleted")
-    if model.state is ModelState.FAILED and job.kind is not JobKind.EXPORT:
+    if model.state is ModelState.FAILED and job.kind.makes_model:
         await transaction.models.save(replace(model, state=ModelState.CREATING, error=None))
 
 
 async def _give_up_model(transaction: Transaction, job: Job) -> None:
     """A model whose only job was cancelled before it began will never be READY: say so."""
+    if not job.kind.makes_model:
+        return
     model = await transaction.models.get(job.model_id, lock=True)
-    if model.state is ModelState.CREATING and job.kind is not JobKind.EXPORT:
+    if model.state is ModelState.CREATING:
         await transaction.models.save(replace(model, state=ModelState.FAILED, error=JOB_CANCELLED))

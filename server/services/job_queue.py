@@ -33,10 +33,12 @@ class Claim:
     dataset: DatasetFile | None = None
     eval_dataset: DatasetFile | None = None
     best_checkpoint: Checkpoint | None = None
-    # Of an export the version, of a warm start the version that it starts from.
+    # Of an export or a batch generation the version, of a warm start the version that it starts from.
     version: ModelVersion | None = None
     # Of an index job: the fingerprint of its index's space, where that was calibrated.
     calibrated_fingerprint: str = ""
+    # All that are kept, by their steps: of a batch generation its parts.
+    checkpoints: Sequence[Checkpoint] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class ClaimLimits:
 
     training_jobs: int
     index_jobs: int
+    batch_jobs: int
 
 
 class JobQueue(Protocol):
@@ -87,7 +90,7 @@ class JobQueue(Protocol):
         """
 
     async def complete(self, lease: Lease, result: ResultReady) -> JobState:
-        """In one transaction: SUCCEEDED, the model READY, a new version for FINE_TUNE, the index that was built anew answers.
+        """In one transaction: SUCCEEDED, and what the job made: a version, an export, a result, an index that answers; its model READY.
 
         CANCELLING where the job was cancelled meanwhile: nothing was written. QUEUED for another round where documents changed since the
         index that is built anew got them.
@@ -113,6 +116,9 @@ class JobQueue(Protocol):
 
     async def drop_old_checkpoints(self, max_age_seconds: float) -> None:
         """Forget the checkpoints of jobs that FAILED so long ago: nobody tries those again, and their files become orphans."""
+
+    async def drop_old_results(self, max_age_seconds: float) -> None:
+        """Forget the results that were made so long ago; their files become orphans."""
 
     async def remove_idle_indexes(self) -> Sequence[str]:
         """Remove indexes of RAG models that do not answer and that no job builds, in batches. Gives a line for each."""

@@ -85,12 +85,13 @@ class ModelService:
                 raise _in_use("job", jobs[0], "Cancel it or wait for its end.")
             if users := await transaction.models.list_users(model_id):
                 raise _in_use("RAG model", users[0], "Delete that one first.")
+            results = await transaction.jobs.list_result_paths(model_id)
             await transaction.models.delete(model_id)
         # The rows are gone, so nobody finds the files any more; what a crash leaves here the worker's sweep removes.
         with suppress(Unavailable):  # an engine that is down holds nothing
             await self._engine.forget(model_id)
-        for room in ("models", "documents"):
-            await self._files.delete_tree(f"{organization}/{room}/{model_id}")
+        for path in (*(f"{organization}/{room}/{model_id}" for room in ("models", "documents")), *results):
+            await self._files.delete_tree(path)
 
     async def create_fine_tuned_model(self, organization: str, request: CreateFineTunedModel) -> Created:
         """Start a fine-tuning."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from server.domain.datasets import Dataset, Inspection, InspectionOrder, InspectionProgress
 from server.domain.documents import Document, DocumentFormat, DocumentState, NewDocument
 from server.domain.events import Evaluated, JobEvent, StepDone
-from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobState
+from server.domain.jobs import Attempt, Checkpoint, Job, JobKind, JobResult, JobState
 from server.domain.models import Model, ModelFile, ModelState, ModelType, ModelVersion, RagConfiguration
 from server.domain.retrieval import Chunking, MetadataValue, RetrievedChunk, Search
 from server.domain.retrieval_evaluation import Span
@@ -95,7 +95,7 @@ class Models(Protocol):
         """List the versions with their exports, newest first: at most `size`, below the number `before`."""
 
     async def list_version_users(self, model_id: str, version: int) -> Sequence[str]:
-        """Give the ids of jobs that are not finished and export this version or start from it."""
+        """Give the ids of jobs that are not finished and export this version, generate with it or start from it."""
 
     async def delete_version(self, model_id: str, version: int) -> None:
         """Remove a version with its exports. Raises NotFound."""
@@ -145,6 +145,12 @@ class Jobs(Protocol):
 
     async def list_checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """List the job's checkpoints, latest step first."""
+
+    async def get_result(self, job_id: str) -> JobResult:
+        """Read where a job's result lies. Raises NotFound."""
+
+    async def list_result_paths(self, model_id: str) -> Sequence[str]:
+        """Give the paths of the results that this model's jobs have."""
 
     async def list_speeds(self, limit: int) -> Sequence[TrainingSpeed]:
         """Give how fast the latest fine-tunings that succeeded have trained, newest first."""

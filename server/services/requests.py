@@ -234,6 +234,19 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
+class CreateBatchGeneration:
+    """A dataset whose records are to be answered."""
+
+    model_id: str
+    dataset_id: str
+    parameters: GenerationParameters
+    version: int | None = None
+    history: HistoryPolicy = HistoryPolicy.REFUSE
+    request_id: str = ""
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Embed:
     """Texts to turn into vectors."""
 

@@ -19,6 +19,7 @@ from server.datafiles.inspector import InspectionProcesses
 from server.db.database import PostgresDatabase
 from server.db.feed import PostgresJobFeed
 from server.inference.client import EngineClient
+from server.services.batch_generation import BatchGeneration
 from server.services.datasets import Datasets
 from server.services.documents import Documents
 from server.services.estimating import Estimator
@@ -70,14 +71,16 @@ async def api(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator[Api]:
     )
     retrieval = Retrieval(database, engine)
     references = References(database, source)
+    artefacts = ArtefactDownloads(ArtefactStore(tmp_path / "storage"))
     services = Services(
         models=ModelService(
             database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, imports, MAX_DOCUMENT_BYTES)
         ),
         training=TrainingService(database, feed, datasets, JobControl(database, files)),
         inference=InferenceService(engine, references, retrieval, RetrievalEvaluator(database, retrieval, files)),
-        versions=Versions(database, files, ArtefactDownloads(ArtefactStore(tmp_path / "storage")), engine),
+        versions=Versions(database, files, artefacts, engine),
         previews=Previews(database, engine, source),
+        batches=BatchGeneration(database, references, artefacts),
     )
     server = ApiServer(services, "default", "127.0.0.1:0")
     port = await server.start()

@@ -47,6 +47,7 @@ from server.domain.documents import DocumentState
 from server.domain.embeddings import EmbeddingBackend
 from server.domain.errors import ErrorData
 from server.domain.events import (
+    BatchAdvanced,
     CheckpointSaved,
     DataChecked,
     Evaluated,
@@ -63,8 +64,8 @@ from server.domain.events import (
     Warned,
 )
 from server.domain.findings import Finding
-from server.domain.generation import FinishReason, GenerationParameters, Role
-from server.domain.jobs import IndexCounters, JobKind, JobState
+from server.domain.generation import FinishReason, GenerationParameters, HistoryPolicy, Role
+from server.domain.jobs import BatchCounters, IndexCounters, JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
 from server.domain.retrieval import (
@@ -78,7 +79,7 @@ from server.domain.retrieval import (
     RetrievalSettings,
     SearchMode,
 )
-from server.domain.specs import EarlyStopping, IndexSpec, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
+from server.domain.specs import BatchSpec, EarlyStopping, IndexSpec, LossOn, Objective, OverlongPolicy, ParametersRequest, Scheduler
 from server.services.rag_models import merge_retrieval
 from server.services.reindexing import Reindexed
 from server.services.requests import ReindexModel
@@ -158,6 +159,25 @@ def test_zero_is_not_the_same_as_left_out() -> None:
     assert (parameters.temperature, parameters.top_p, parameters.max_tokens, parameters.seed, parameters.logprobs) == (0, 0, 0, 0, 0)
     asked = fine_tuning.parameters_from_proto(Parameters(epochs=0, warmup_ratio=0, seed=0), Violations())
     assert asked == ParametersRequest(epochs=0, warmup_ratio=0, seed=0)
+
+
+def test_a_batch_is_shown_as_it_was_asked_for() -> None:
+    said = {
+        "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 0.5,
+        "frequency_penalty": 0.25, "stop": ["x"], "seed": 7, "logprobs": 2, "n": 2, "stop_token_ids": [4], "logit_bias": {"9": -1.0},
+        "constraint": {"regex": "[a-z]+"},
+    }  # fmt: skip
+    body = {"model_id": "mdl_1", "version": 3, "dataset_id": "ds_1", "parameters": said, "history": "HISTORY_POLICY_DROP_OLDEST"}
+    found = Violations()
+    asked = generation.batch_from_proto(json_format.ParseDict(body, inference_service_pb2.CreateBatchGenerationRequest()), found)
+    assert (asked.model_id, asked.version, asked.dataset_id, named(found)) == ("mdl_1", 3, "ds_1", [])
+    spec = BatchSpec("org/base", asked.version, asked.dataset_id, "ab", asked.parameters, asked.history)
+    config = jobs.spec_to_proto(spec).batch_generation
+    assert json_format.MessageToDict(config, preserving_proto_field_name=True) == {
+        "base_model": "org/base", "dataset_sha256": "ab", **{name: body[name] for name in body if name != "model_id"},
+    }  # fmt: skip
+    nothing = generation.batch_from_proto(inference_service_pb2.CreateBatchGenerationRequest(), found)
+    assert (nothing.version, nothing.history, nothing.parameters) == (None, HistoryPolicy.REFUSE, GenerationParameters())
 
 
 def test_everything_that_may_be_said_of_a_training_is_read() -> None:
@@ -391,6 +411,7 @@ PAYLOADS: Sequence[tuple[LoggedPayload, str]] = [
     (Warned("RECORDS_DROPPED", "Two."), "warning"),
     (IndexProgress("doc_1", 1, 2, 3, "bad"), "document_indexed"),
     (IndexAdvanced(IndexCounters(2, 9, 5, 1)), "indexing"),
+    (BatchAdvanced(BatchCounters(4, 1, 90, 40), 10, 5.0), "batch"),
 ]
 
 

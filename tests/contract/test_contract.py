@@ -58,6 +58,7 @@ PROMISED = (
     ("get", "/training-jobs/{job_id}/attempts", "TrainingService.ListTrainingJobAttempts"),
     ("get", "/training-jobs/{job_id}/events", "TrainingService.ListTrainingJobEvents"),
     ("get", "/training-jobs/{job_id}/checkpoints", "TrainingService.ListCheckpoints"),
+    ("get", "/training-jobs/{job_id}/result", "TrainingService.DownloadJobResult"),
     ("get", "/training-jobs/{job_id}/metrics", "TrainingService.GetTrainingMetrics"),
     ("post", "/datasets", "TrainingService.UploadDataset"),
     ("post", "/datasets/import", "TrainingService.ImportDataset"),
@@ -70,6 +71,7 @@ PROMISED = (
     ("post", "/inference/render", "InferenceService.RenderPrompt"),
     ("post", "/rag/inference/stream", "InferenceService.StreamRagGenerate"),
     ("post", "/rag/retrieve", "InferenceService.Retrieve"),
+    ("post", "/inference/batch", "InferenceService.CreateBatchGeneration"),
     ("post", "/rag/evaluate", "InferenceService.EvaluateRetrieval"),
     ("post", "/embeddings", "InferenceService.Embed"),
 )
@@ -87,6 +89,7 @@ STREAMS = {
     "TrainingService.ImportDataset": (False, True),
     "ModelService.DownloadModelFile": (False, True),
     "ModelService.DownloadModelArchive": (False, True),
+    "TrainingService.DownloadJobResult": (False, True),
     "InferenceService.StreamGenerate": (False, True),
     "InferenceService.StreamRagGenerate": (False, True),
 }

@@ -14,17 +14,28 @@ from server.domain.documents import NewDocument
 from server.domain.errors import ErrorData
 from server.domain.events import Evaluated, JobEvent, ResultReady, StepDone
 from server.domain.findings import Finding
+from server.domain.generation import GenerationParameters
 from server.domain.ids import CHUNK, DATASET, DOCUMENT, JOB, MODEL, new_id
 from server.domain.jobs import Checkpoint, FailureReason, Job, JobKind, JobState
 from server.domain.models import Model, ModelState, ModelType, RagConfiguration
 from server.domain.retrieval import Chunk, Chunking, RetrievalSettings
-from server.domain.specs import ExportFormat, ExportSpec, FineTuneSpec, IndexSpec, LossOn, OverlongPolicy, Scheduler, TrainingParameters
+from server.domain.specs import (
+    BatchSpec,
+    ExportFormat,
+    ExportSpec,
+    FineTuneSpec,
+    IndexSpec,
+    LossOn,
+    OverlongPolicy,
+    Scheduler,
+    TrainingParameters,
+)
 from server.domain.techniques import LoraTechnique
 from server.services.job_queue import Claim, ClaimLimits, Lease
 
 ORGANIZATION = "default"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LIMITS = ClaimLimits(training_jobs=100, index_jobs=100)
+LIMITS = ClaimLimits(training_jobs=100, index_jobs=100, batch_jobs=100)
 LEASE_SECONDS = 30.0
 RESULT = ResultReady("default/models/m/j-1", "e" * 64, 1_000, "main", {"eval_loss": 1.5}, 2.0, 5_000)
 
@@ -92,6 +103,13 @@ def make_export(model: Model, version: int = 1, form: ExportFormat = ExportForma
     """A QUEUED job that exports a version."""
     now = datetime.now(UTC)
     return Job(new_id(JOB), JobKind.EXPORT, model.model_id, JobState.QUEUED, ExportSpec(model.base_model, version, form), now, now)
+
+
+def make_batch(dataset: Dataset, model: Model | None = None, version: int = 1) -> Job:
+    """A QUEUED job that answers a dataset by a version of a model, or by the base model."""
+    now = datetime.now(UTC)
+    spec = BatchSpec(BASE_MODEL, version if model else None, dataset.dataset_id, dataset.sha256, GenerationParameters(seed=7))
+    return Job(new_id(JOB), JobKind.BATCH_GENERATION, model.model_id if model else BASE_MODEL, JobState.QUEUED, spec, now, now)
 
 
 def make_step(step: int, total: int = 100) -> StepDone:

@@ -127,6 +127,10 @@ async def _list_speeds(transaction: PostgresTransaction) -> bool:
     return not await transaction.jobs.list_speeds(5)  # none of these jobs has trained a token
 
 
+async def _list_none(transaction: PostgresTransaction, where: JobFilter) -> bool:
+    return not await transaction.jobs.list(where, Page(5))
+
+
 def _make_search(mode: SearchMode) -> Search:
     return Search(RetrievalSettings(5, 0.1, mode), [1.0, 0.0, 0.0], [QueryTerm(1, 1.0, True), QueryTerm(2, 0.5, False)])
 
@@ -147,6 +151,7 @@ QUERIES: dict[str, tuple[set[str], Call]] = {
     "jobs by state": ({"jobs_by_state"}, lambda t: t.jobs.list(JobFilter(state=JobState.FAILED), Page(5))),
     "jobs by kind": ({"jobs_by_kind"}, lambda t: t.jobs.list(JobFilter(kind=JobKind.RAG_INDEX), Page(5))),
     "jobs by model": ({"jobs_by_model"}, lambda t: t.jobs.list(JobFilter(model_id=MODEL_ID), Page(5))),
+    "jobs of a base model": ({"jobs_by_kind"}, lambda t: _list_none(t, JobFilter(model_id="base7"))),
     "jobs that use a dataset": ({"jobs_active"}, lambda t: t.jobs.list_active(dataset_id=DATASET_ID)),
     "jobs that use a model": ({"jobs_active"}, lambda t: t.jobs.list_active(model_id=MODEL_ID)),
     "events": ({"job_events_pkey"}, lambda t: t.jobs.list_events(JOB_ID, 20, 10)),

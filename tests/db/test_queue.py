@@ -82,7 +82,7 @@ async def test_claimers_at_once_never_get_the_same_job(database: PostgresDatabas
 async def test_the_limit_holds_over_all_workers(database: PostgresDatabase, queues: list[PostgresJobQueue], most: int) -> None:
     for kind in (JobKind.FINE_TUNE, JobKind.EXPORT, JobKind.FINE_TUNE, JobKind.EXPORT, JobKind.FINE_TUNE):
         await add_job(database, kind=kind)
-    limits = ClaimLimits(training_jobs=most, index_jobs=5)
+    limits = ClaimLimits(training_jobs=most, index_jobs=5, batch_jobs=5)
     claims = await asyncio.gather(*(queues[number % WORKERS].claim("w", limits, LEASE_SECONDS) for number in range(12)))
     held = [found for found in claims if found]
     assert len(held) == most
@@ -98,7 +98,7 @@ async def test_index_jobs_and_trainings_have_limits_of_their_own(database: Postg
     for _ in range(2):
         await add_job(database)
         await add_job(database, await add_model(database, make_rag_model()))
-    limits = ClaimLimits(training_jobs=1, index_jobs=1)
+    limits = ClaimLimits(training_jobs=1, index_jobs=1, batch_jobs=1)
     claims = [await queue.claim("w", limits, LEASE_SECONDS) for _ in range(3)]
     assert [found and found.job.kind for found in claims].count(None) == 1
     assert {found.job.kind for found in claims if found} == {JobKind.FINE_TUNE, JobKind.RAG_INDEX}

@@ -314,7 +314,7 @@ async def test_an_index_of_before_spaces_were_kept_takes_the_first_of_its_dimens
 
 
 async def test_building_an_index_takes_no_room_from_documents_that_are_added(shelf: Shelf) -> None:
-    one = ClaimLimits(training_jobs=0, index_jobs=1)
+    one = ClaimLimits(training_jobs=0, index_jobs=1, batch_jobs=0)
     await shelf.begin()
     second = replace(make_job(shelf.model), spec=IndexSpec("other", CHUNKING, 3, is_reindex=True))
     await add_job(shelf.database, job=second)

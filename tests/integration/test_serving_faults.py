@@ -115,7 +115,7 @@ async def serving(place: tuple[Path, int]) -> AsyncIterator[Serving]:
     engine = EngineClient(socket)
     nothing = cast(Any, None)  # what is not asked here
     inference = InferenceService(engine, Names(), nothing, nothing)
-    server = ApiServer(Services(nothing, nothing, inference, nothing, nothing), "default", "127.0.0.1:0")
+    server = ApiServer(Services(nothing, nothing, inference, nothing, nothing, nothing), "default", "127.0.0.1:0")
     port = await server.start()
     async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Serving(InferenceServiceStub(channel), engine, process_id)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from server.childprocess import Emit, Signals, run_child
 from server.domain.events import (
+    BatchAdvanced,
     CheckpointSaved,
     DocumentIndexed,
     Evaluated,
@@ -27,8 +28,8 @@ from server.domain.events import (
     StepDone,
 )
 from server.domain.ids import CHUNK, new_id
-from server.domain.jobs import FailureReason, JobFailure
-from server.domain.orders import ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
+from server.domain.jobs import BatchCounters, FailureReason, JobFailure
+from server.domain.orders import BatchOrder, ExportOrder, FineTuneOrder, IndexOrder, Order, StagedDocument
 from server.domain.rag_indexes import EmbeddingSpace, MeasuredSpace
 from server.domain.retrieval import Chunk
 from server.services.codec import Codec
@@ -141,7 +142,20 @@ class _Performance:
             self._fail(script.failure)
         self._finish(order)
 
-    def _save(self, order: FineTuneOrder, step: int) -> None:
+    def batch(self, order: BatchOrder, script: Script) -> None:
+        """Save a part at every record; begin after those that the order names."""
+        (self.storage / order.job_path).mkdir(parents=True, exist_ok=True)
+        self.emit(Started(script.steps, resumed_from_step=len(order.part_paths)))
+        for record in range(len(order.part_paths) + 1, script.steps + 1):
+            self._crash(self.storage / order.job_path, script, record)
+            self._save(order, record)
+            self.emit(BatchAdvanced(BatchCounters(record, 0, record * 3, record * 2), script.steps))
+        self.emit(Finalizing())
+        if script.failure:
+            self._fail(script.failure)
+        self._finish(order)
+
+    def _save(self, order: FineTuneOrder | BatchOrder, step: int) -> None:
         path = f"{order.job_path}/checkpoint-{step}-{order.lease_epoch}"
         (self.storage / path).mkdir()
         (self.storage / path / "step").write_text(str(step))
@@ -154,7 +168,7 @@ class _Performance:
             raise KeyError("/a/secret/path")
         raise JobFailure(FailureReason(failure), "The loss is not a number.", "Lower the learning rate.")
 
-    def _finish(self, order: FineTuneOrder | ExportOrder) -> None:
+    def _finish(self, order: FineTuneOrder | ExportOrder | BatchOrder) -> None:
         artifact = self.storage / order.artifact_path
         artifact.mkdir(parents=True)
         (artifact / "adapter_model.safetensors").write_bytes(b"weights")
@@ -171,6 +185,8 @@ def main() -> int:
             performance.train(order, script)
         elif isinstance(order, ExportOrder):
             performance.export(order, script)
+        elif isinstance(order, BatchOrder):
+            performance.batch(order, script)
         else:
             performance.index(order, script)
 

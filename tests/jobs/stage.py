@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A lease long enough that a machine with much else to do never loses one; SHORT is for tests in which one is lost.
 TERMS = LeaseTerms(lease_seconds=30.0, heartbeat_seconds=0.1, max_attempts=3)
 SHORT = LeaseTerms(lease_seconds=2.0, heartbeat_seconds=0.1, max_attempts=3)
-LIMITS = ClaimLimits(training_jobs=1, index_jobs=1)
+LIMITS = ClaimLimits(training_jobs=1, index_jobs=1, batch_jobs=1)
 _PATIENCE_SECONDS = 60.0
 
 

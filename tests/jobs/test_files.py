@@ -81,7 +81,7 @@ def test_a_finished_job_leaves_nothing_a_failed_one_its_logs_and_checkpoints(tmp
 
 def test_what_a_retry_has_gone_on_from_goes_with_it(tmp_path: Path) -> None:
     inherited = Checkpoint(5, "default/jobs/job_failed/checkpoint-5-1", 1, datetime.now(UTC))
-    claim, files = replace(_make_claim(), checkpoint=inherited), JobFiles(tmp_path)
+    claim, files = replace(_make_claim(), checkpoint=inherited, checkpoints=[inherited]), JobFiles(tmp_path)
     kept = _put(tmp_path, "default/jobs/job_failed/attempt-1.log")
     saved = _put(tmp_path, f"{inherited.path}/state")
     files.delete_job(claim, for_retry=True)

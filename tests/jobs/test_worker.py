@@ -261,7 +261,7 @@ async def test_a_worker_process_ends_in_order_on_sigterm(stage: Stage) -> None:
 
 async def test_the_limit_holds_over_all_workers(stage: Stage) -> None:
     jobs = [await stage.add_job(Script(steps=10, step_seconds=0.02)) for _ in range(6)]
-    limits = ClaimLimits(training_jobs=2, index_jobs=1)
+    limits = ClaimLimits(training_jobs=2, index_jobs=1, batch_jobs=1)
     most_held = 0
     async with stage.working(limits), stage.working(limits), stage.working(limits):
         while True:

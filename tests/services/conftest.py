@@ -15,6 +15,7 @@ from server.domain.errors import Unavailable
 from server.domain.previews import MeasureOrder
 from server.domain.specs import ParametersRequest
 from server.inference.client import EngineClient
+from server.services.batch_generation import BatchGeneration
 from server.services.datasets import Datasets
 from server.services.documents import Documents
 from server.services.estimating import Estimator
@@ -24,6 +25,7 @@ from server.services.machine import Machine
 from server.services.model_service import ModelService
 from server.services.rag_models import RagModels
 from server.services.record_lengths import LengthMeasurer
+from server.services.references import References
 from server.services.requests import CreateFineTunedModel
 from server.services.training_parameters import FineTuneDefaults
 from server.services.training_service import TrainingService
@@ -68,6 +70,7 @@ class UseCases:
     training: TrainingService
     datasets: Datasets
     versions: Versions
+    batches: BatchGeneration
     storage: Path
     local_models: Path
 
@@ -85,7 +88,9 @@ async def use_cases(database: PostgresDatabase, tmp_path: Path) -> AsyncIterator
         database, files, engine, source, tuning, RagModels(database, source), Documents(database, files, imports, MAX_DOCUMENT_BYTES)
     )
     training = TrainingService(database, feed, datasets, JobControl(database, files))
-    versions = Versions(database, files, ArtefactDownloads(ArtefactStore(storage)), engine)
-    yield UseCases(models, training, datasets, versions, storage, local)
+    artefacts = ArtefactDownloads(ArtefactStore(storage))
+    versions = Versions(database, files, artefacts, engine)
+    batches = BatchGeneration(database, References(database, source), artefacts)
+    yield UseCases(models, training, datasets, versions, batches, storage, local)
     await feed.close()
     await engine.close()

@@ -19,6 +19,7 @@ from tests.db.samples import (
     claim,
     fail_job,
     finish_job,
+    make_batch,
     make_checkpoint,
     make_evaluation,
     make_export,
@@ -54,11 +55,26 @@ async def test_a_job_is_paused_where_it_can_be_and_twice_is_harmless(
         assert (await read_job(database, job_id)).state is state
 
 
-async def test_only_a_fine_tuning_can_be_paused(use_cases: UseCases, database: PostgresDatabase) -> None:
+async def test_a_batch_generation_can_be_paused_resumed_and_tried_again(use_cases: UseCases, database: PostgresDatabase) -> None:
+    control, dataset = use_cases.training.control, await add_dataset(database)
+    job = await add_job(database, job=make_batch(dataset))
+    assert (await control.pause(ORGANIZATION, job.job_id)).state is S.PAUSED
+    assert (await control.resume(ORGANIZATION, job.job_id)).state is S.QUEUED
+    assert (await control.cancel(ORGANIZATION, job.job_id)).state is S.CANCELLED
+    again = await control.retry(ORGANIZATION, job.job_id)
+    assert (again.model_id, again.spec, again.retry_of_job_id) == (job.model_id, job.spec, job.job_id)
+    await control.cancel(ORGANIZATION, again.job_id)
+    await use_cases.datasets.delete(ORGANIZATION, dataset.dataset_id)
+    with pytest.raises(FailedPrecondition, match="was deleted") as refusal:
+        await control.retry(ORGANIZATION, again.job_id)
+    assert refusal.value.reason == "JOB_INPUT_GONE"
+
+
+async def test_no_index_and_no_export_can_be_paused(use_cases: UseCases, database: PostgresDatabase) -> None:
     index = await add_job(database, await add_model(database, make_rag_model()))
     export = await add_job(database, job=make_export(await add_model(database)))
     for job in (index, export):
-        with pytest.raises(FailedPrecondition, match="only a FINE_TUNE"):
+        with pytest.raises(FailedPrecondition, match="only FINE_TUNE and BATCH_GENERATION"):
             await use_cases.training.control.pause(ORGANIZATION, job.job_id)
 
 

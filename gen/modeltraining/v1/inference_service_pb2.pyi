@@ -26,6 +26,60 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class CreateBatchGenerationRequest(_message.Message):
+    """Asks to answer the records of a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DATASET_ID_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    model_id: _builtins.str
+    """Model to generate with: a fine-tuned model's id, or a base model's hub name, alias or path. Required."""
+    version: _builtins.int
+    """Version of a fine-tuned model, from 1. Default: the one that serves now. Not allowed with a base model."""
+    dataset_id: _builtins.str
+    """The dataset, `ds_…`, of any kind but preference pairs and retrieval queries. Required."""
+    history: _generation_pb2.HistoryPolicy.ValueType
+    """What becomes of conversations that leave no room for an answer. Default REFUSE: that record fails."""
+    request_id: _builtins.str
+    """The caller's own name of this request, at most 128 visible ASCII characters. The same again with the same body answers with the first
+    result, with another body it is ALREADY_EXISTS. Empty: no such protection.
+    """
+    validate_only: _builtins.bool
+    """True: run every check, keep nothing; the answer shows what would be created, without an id. Default false."""
+    @_builtins.property
+    def parameters(self) -> _generation_pb2.GenerationParameters:
+        """How text is generated, for each record alike. Unset: the defaults of GenerationParameters. Record r, from 1, is sampled with
+        `seed` + (r - 1) * `n`.
+        """
+
+    def __init__(
+        self,
+        *,
+        model_id: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+        dataset_id: _builtins.str = ...,
+        parameters: _generation_pb2.GenerationParameters | None = ...,
+        history: _generation_pb2.HistoryPolicy.ValueType = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "parameters", b"parameters", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "dataset_id", b"dataset_id", "history", b"history", "model_id", b"model_id", "parameters", b"parameters", "request_id", b"request_id", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___CreateBatchGenerationRequest: _TypeAlias = CreateBatchGenerationRequest  # noqa: Y015
+
+@_typing.final
 class CountTokensRequest(_message.Message):
     """Asks how many tokens a prompt has."""
 

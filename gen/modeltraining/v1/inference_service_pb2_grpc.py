@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from modeltraining.v1 import inference_service_pb2 as modeltraining_dot_v1_dot_inference__service__pb2
+from modeltraining.v1 import training_job_pb2 as modeltraining_dot_v1_dot_training__job__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -44,6 +45,11 @@ class InferenceServiceStub:
                 '/modeltraining.v1.InferenceService/StreamGenerate',
                 request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
+                _registered_method=True)
+        self.CreateBatchGeneration = channel.unary_unary(
+                '/modeltraining.v1.InferenceService/CreateBatchGeneration',
+                request_serializer=modeltraining_dot_v1_dot_inference__service__pb2.CreateBatchGenerationRequest.SerializeToString,
+                response_deserializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
                 _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/modeltraining.v1.InferenceService/CountTokens',
@@ -95,6 +101,15 @@ class InferenceServiceServicer:
 
     def StreamGenerate(self, request, context):
         """Generates text and streams it. A stream without `finished` or `error` at its end was cut.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateBatchGeneration(self, request, context):
+        """Starts a job that answers every record of a dataset, each as Generate would, below everybody else's requests. The result is a file
+        of JSON lines, DownloadJobResult gives it. Of a record the answer, if it has one, is left out: of a conversation the assistant's
+        turns after the last one of the user or a tool, of `prompt` and `completion` the completion; a `text` is continued as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,6 +176,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'CreateBatchGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateBatchGeneration,
+                    request_deserializer=modeltraining_dot_v1_dot_inference__service__pb2.CreateBatchGenerationRequest.FromString,
+                    response_serializer=modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -253,6 +273,33 @@ class InferenceService:
             '/modeltraining.v1.InferenceService/StreamGenerate',
             modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateRequest.SerializeToString,
             modeltraining_dot_v1_dot_inference__service__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateBatchGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/modeltraining.v1.InferenceService/CreateBatchGeneration',
+            modeltraining_dot_v1_dot_inference__service__pb2.CreateBatchGenerationRequest.SerializeToString,
+            modeltraining_dot_v1_dot_training__job__pb2.TrainingJob.FromString,
             options,
             channel_credentials,
             insecure,

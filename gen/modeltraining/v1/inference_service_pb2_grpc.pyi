@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from grpc import aio as _aio
 from modeltraining.v1 import inference_service_pb2 as _inference_service_pb2
+from modeltraining.v1 import training_job_pb2 as _training_job_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -37,6 +38,11 @@ class InferenceServiceStub:
     """Generates text and answers with the whole."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]
     """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+    CreateBatchGeneration: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CreateBatchGenerationRequest, _training_job_pb2.TrainingJob]
+    """Starts a job that answers every record of a dataset, each as Generate would, below everybody else's requests. The result is a file
+    of JSON lines, DownloadJobResult gives it. Of a record the answer, if it has one, is left out: of a conversation the assistant's
+    turns after the last one of the user or a tool, of `prompt` and `completion` the completion; a `text` is continued as it is.
+    """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CountTokensRequest, _inference_service_pb2.CountTokensResponse]
     """Counts the tokens of a prompt as a generation would read it; generates nothing."""
     RenderPrompt: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.RenderPromptRequest, _inference_service_pb2.RenderPromptResponse]
@@ -61,6 +67,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text and answers with the whole."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_inference_service_pb2.StreamGenerateRequest, _inference_service_pb2.StreamGenerateResponse]  # type: ignore[assignment]
     """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+    CreateBatchGeneration: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CreateBatchGenerationRequest, _training_job_pb2.TrainingJob]  # type: ignore[assignment]
+    """Starts a job that answers every record of a dataset, each as Generate would, below everybody else's requests. The result is a file
+    of JSON lines, DownloadJobResult gives it. Of a record the answer, if it has one, is left out: of a conversation the assistant's
+    turns after the last one of the user or a tool, of `prompt` and `completion` the completion; a `text` is continued as it is.
+    """
     CountTokens: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CountTokensRequest, _inference_service_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of a prompt as a generation would read it; generates nothing."""
     RenderPrompt: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.RenderPromptRequest, _inference_service_pb2.RenderPromptResponse]  # type: ignore[assignment]
@@ -94,6 +105,17 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_service_pb2.StreamGenerateResponse], _abc.AsyncIterator[_inference_service_pb2.StreamGenerateResponse]]:
         """Generates text and streams it. A stream without `finished` or `error` at its end was cut."""
+
+    @_abc_1.abstractmethod
+    def CreateBatchGeneration(
+        self,
+        request: _inference_service_pb2.CreateBatchGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_training_job_pb2.TrainingJob, _abc.Awaitable[_training_job_pb2.TrainingJob]]:
+        """Starts a job that answers every record of a dataset, each as Generate would, below everybody else's requests. The result is a file
+        of JSON lines, DownloadJobResult gives it. Of a record the answer, if it has one, is left out: of a conversation the assistant's
+        turns after the last one of the user or a tool, of `prompt` and `completion` the completion; a `text` is continued as it is.
+        """
 
     @_abc_1.abstractmethod
     def CountTokens(

@@ -28,7 +28,7 @@ from modeltraining.v1 import finding_pb2 as modeltraining_dot_v1_dot_finding__pb
 from modeltraining.v1 import training_job_pb2 as modeltraining_dot_v1_dot_training__job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/job_event.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1emodeltraining/v1/finding.proto\x1a#modeltraining/v1/training_job.proto\"\xec\x13\n\x08JobEvent\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x08snapshot\x18\x05 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJobH\x00\x12@\n\rstate_changed\x18\x06 \x01(\x0b\x32\'.modeltraining.v1.JobEvent.StateChangedH\x00\x12\x35\n\x07started\x18\x07 \x01(\x0b\x32\".modeltraining.v1.JobEvent.StartedH\x00\x12/\n\x04step\x18\x08 \x01(\x0b\x32\x1f.modeltraining.v1.JobEvent.StepH\x00\x12;\n\nevaluation\x18\t \x01(\x0b\x32%.modeltraining.v1.JobEvent.EvaluationH\x00\x12;\n\ncheckpoint\x18\n \x01(\x0b\x32%.modeltraining.v1.JobEvent.CheckpointH\x00\x12\x33\n\x06sample\x18\x0b \x01(\x0b\x32!.modeltraining.v1.JobEvent.SampleH\x00\x12\x35\n\x07warning\x18\x0c \x01(\x0b\x32\".modeltraining.v1.JobEvent.WarningH\x00\x12\x46\n\x10\x64ocument_indexed\x18\r \x01(\x0b\x32*.modeltraining.v1.JobEvent.DocumentIndexedH\x00\x12\x39\n\theartbeat\x18\x0e \x01(\x0b\x32$.modeltraining.v1.JobEvent.HeartbeatH\x00\x12\x37\n\x08\x66inished\x18\x0f \x01(\x0b\x32#.modeltraining.v1.JobEvent.FinishedH\x00\x12#\n\x05\x65rror\x18\x10 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x39\n\tpreparing\x18\x11 \x01(\x0b\x32$.modeltraining.v1.JobEvent.PreparingH\x00\x12>\n\x0c\x64\x61ta_checked\x18\x12 \x01(\x0b\x32&.modeltraining.v1.JobEvent.DataCheckedH\x00\x12:\n\x08indexing\x18\x13 \x01(\x0b\x32&.modeltraining.v1.TrainingJob.IndexingH\x00\x1a\xb1\x01\n\x0cStateChanged\x12\x37\n\nfrom_state\x18\x01 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x35\n\x08to_state\x18\x02 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x1a\x9e\x01\n\x07Started\x12\x13\n\x0btotal_steps\x18\x01 \x01(\x05\x12\x19\n\x11resumed_from_step\x18\x02 \x01(\x05\x12\x15\n\rtrain_records\x18\x03 \x01(\x05\x12\x14\n\x0c\x65val_records\x18\x04 \x01(\x05\x12\x1c\n\x14trainable_parameters\x18\x05 \x01(\x01\x12\x18\n\x10total_parameters\x18\x06 \x01(\x01\x1a\xfb\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x01\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x15\n\rgradient_norm\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x01\x12\x16\n\x0etrained_tokens\x18\x08 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x01\x12\x13\n\x0b\x65ta_seconds\x18\x0b \x01(\x01\x12\x17\n\x0f\x63oalesced_steps\x18\x0c \x01(\x05\x1a{\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x11\n\teval_loss\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x12\x14\n\x0crecord_count\x18\x04 \x01(\x05\x12\x18\n\x10\x64uration_seconds\x18\x05 \x01(\x01\x12\x0c\n\x04\x62\x65st\x18\x06 \x01(\x08\x1a.\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x01\x1a\x34\n\x06Sample\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x1a(\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x1a\x43\n\tPreparing\x12\x0f\n\x07records\x18\x01 \x01(\x05\x12\x15\n\rtotal_records\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x1a\xe6\x02\n\x0b\x44\x61taChecked\x12\x17\n\x0ftrain_sequences\x18\x01 \x01(\x05\x12\x16\n\x0e\x65val_sequences\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x12\x16\n\x0etrained_tokens\x18\x04 \x01(\x01\x12\x17\n\x0f\x64ropped_records\x18\x05 \x01(\x05\x12\x13\n\x0b\x63ut_records\x18\x06 \x01(\x05\x12\x44\n\x07lengths\x18\x07 \x03(\x0b\x32\x33.modeltraining.v1.JobEvent.DataChecked.LengthBucket\x12+\n\x08\x66indings\x18\x08 \x03(\x0b\x32\x19.modeltraining.v1.Finding\x12\x18\n\x10\x64uration_seconds\x18\t \x01(\x01\x12\x0e\n\x06\x63\x61\x63hed\x18\n \x01(\x08\x1a\x33\n\x0cLengthBucket\x12\x14\n\x0cup_to_tokens\x18\x01 \x01(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\x1a\xc9\x01\n\x0f\x44ocumentIndexed\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x16\n\x0e\x64ocuments_done\x18\x02 \x01(\x05\x12\x17\n\x0f\x64ocuments_total\x18\x03 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x05\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x38\n\x08progress\x18\x06 \x01(\x0b\x32&.modeltraining.v1.TrainingJob.Indexing\x1a\x0b\n\tHeartbeat\x1a\x36\n\x08\x46inished\x12*\n\x03job\x18\x01 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJobB\t\n\x07payloadb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n modeltraining/v1/job_event.proto\x12\x10modeltraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1emodeltraining/v1/finding.proto\x1a#modeltraining/v1/training_job.proto\"\xa2\x14\n\x08JobEvent\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x05\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x08snapshot\x18\x05 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJobH\x00\x12@\n\rstate_changed\x18\x06 \x01(\x0b\x32\'.modeltraining.v1.JobEvent.StateChangedH\x00\x12\x35\n\x07started\x18\x07 \x01(\x0b\x32\".modeltraining.v1.JobEvent.StartedH\x00\x12/\n\x04step\x18\x08 \x01(\x0b\x32\x1f.modeltraining.v1.JobEvent.StepH\x00\x12;\n\nevaluation\x18\t \x01(\x0b\x32%.modeltraining.v1.JobEvent.EvaluationH\x00\x12;\n\ncheckpoint\x18\n \x01(\x0b\x32%.modeltraining.v1.JobEvent.CheckpointH\x00\x12\x33\n\x06sample\x18\x0b \x01(\x0b\x32!.modeltraining.v1.JobEvent.SampleH\x00\x12\x35\n\x07warning\x18\x0c \x01(\x0b\x32\".modeltraining.v1.JobEvent.WarningH\x00\x12\x46\n\x10\x64ocument_indexed\x18\r \x01(\x0b\x32*.modeltraining.v1.JobEvent.DocumentIndexedH\x00\x12\x39\n\theartbeat\x18\x0e \x01(\x0b\x32$.modeltraining.v1.JobEvent.HeartbeatH\x00\x12\x37\n\x08\x66inished\x18\x0f \x01(\x0b\x32#.modeltraining.v1.JobEvent.FinishedH\x00\x12#\n\x05\x65rror\x18\x10 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x39\n\tpreparing\x18\x11 \x01(\x0b\x32$.modeltraining.v1.JobEvent.PreparingH\x00\x12>\n\x0c\x64\x61ta_checked\x18\x12 \x01(\x0b\x32&.modeltraining.v1.JobEvent.DataCheckedH\x00\x12:\n\x08indexing\x18\x13 \x01(\x0b\x32&.modeltraining.v1.TrainingJob.IndexingH\x00\x12\x34\n\x05\x62\x61tch\x18\x14 \x01(\x0b\x32#.modeltraining.v1.TrainingJob.BatchH\x00\x1a\xb1\x01\n\x0cStateChanged\x12\x37\n\nfrom_state\x18\x01 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x35\n\x08to_state\x18\x02 \x01(\x0e\x32#.modeltraining.v1.TrainingJob.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x1a\x9e\x01\n\x07Started\x12\x13\n\x0btotal_steps\x18\x01 \x01(\x05\x12\x19\n\x11resumed_from_step\x18\x02 \x01(\x05\x12\x15\n\rtrain_records\x18\x03 \x01(\x05\x12\x14\n\x0c\x65val_records\x18\x04 \x01(\x05\x12\x1c\n\x14trainable_parameters\x18\x05 \x01(\x01\x12\x18\n\x10total_parameters\x18\x06 \x01(\x01\x1a\xfb\x01\n\x04Step\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\x01\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x15\n\rgradient_norm\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x01\x12\x16\n\x0etrained_tokens\x18\x08 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\t \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\n \x01(\x01\x12\x13\n\x0b\x65ta_seconds\x18\x0b \x01(\x01\x12\x17\n\x0f\x63oalesced_steps\x18\x0c \x01(\x05\x1a{\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x11\n\teval_loss\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x12\x14\n\x0crecord_count\x18\x04 \x01(\x05\x12\x18\n\x10\x64uration_seconds\x18\x05 \x01(\x01\x12\x0c\n\x04\x62\x65st\x18\x06 \x01(\x08\x1a.\n\nCheckpoint\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nsize_bytes\x18\x02 \x01(\x01\x1a\x34\n\x06Sample\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x1a(\n\x07Warning\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x1a\x43\n\tPreparing\x12\x0f\n\x07records\x18\x01 \x01(\x05\x12\x15\n\rtotal_records\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x1a\xe6\x02\n\x0b\x44\x61taChecked\x12\x17\n\x0ftrain_sequences\x18\x01 \x01(\x05\x12\x16\n\x0e\x65val_sequences\x18\x02 \x01(\x05\x12\x0e\n\x06tokens\x18\x03 \x01(\x01\x12\x16\n\x0etrained_tokens\x18\x04 \x01(\x01\x12\x17\n\x0f\x64ropped_records\x18\x05 \x01(\x05\x12\x13\n\x0b\x63ut_records\x18\x06 \x01(\x05\x12\x44\n\x07lengths\x18\x07 \x03(\x0b\x32\x33.modeltraining.v1.JobEvent.DataChecked.LengthBucket\x12+\n\x08\x66indings\x18\x08 \x03(\x0b\x32\x19.modeltraining.v1.Finding\x12\x18\n\x10\x64uration_seconds\x18\t \x01(\x01\x12\x0e\n\x06\x63\x61\x63hed\x18\n \x01(\x08\x1a\x33\n\x0cLengthBucket\x12\x14\n\x0cup_to_tokens\x18\x01 \x01(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\x1a\xc9\x01\n\x0f\x44ocumentIndexed\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x16\n\x0e\x64ocuments_done\x18\x02 \x01(\x05\x12\x17\n\x0f\x64ocuments_total\x18\x03 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x04 \x01(\x05\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x38\n\x08progress\x18\x06 \x01(\x0b\x32&.modeltraining.v1.TrainingJob.Indexing\x1a\x0b\n\tHeartbeat\x1a\x36\n\x08\x46inished\x12*\n\x03job\x18\x01 \x01(\x0b\x32\x1d.modeltraining.v1.TrainingJobB\t\n\x07payloadb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,31 +36,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.job_event_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_JOBEVENT']._serialized_start=182
-  _globals['_JOBEVENT']._serialized_end=2722
-  _globals['_JOBEVENT_STATECHANGED']._serialized_start=1147
-  _globals['_JOBEVENT_STATECHANGED']._serialized_end=1324
-  _globals['_JOBEVENT_STARTED']._serialized_start=1327
-  _globals['_JOBEVENT_STARTED']._serialized_end=1485
-  _globals['_JOBEVENT_STEP']._serialized_start=1488
-  _globals['_JOBEVENT_STEP']._serialized_end=1739
-  _globals['_JOBEVENT_EVALUATION']._serialized_start=1741
-  _globals['_JOBEVENT_EVALUATION']._serialized_end=1864
-  _globals['_JOBEVENT_CHECKPOINT']._serialized_start=1866
-  _globals['_JOBEVENT_CHECKPOINT']._serialized_end=1912
-  _globals['_JOBEVENT_SAMPLE']._serialized_start=1914
-  _globals['_JOBEVENT_SAMPLE']._serialized_end=1966
-  _globals['_JOBEVENT_WARNING']._serialized_start=1968
-  _globals['_JOBEVENT_WARNING']._serialized_end=2008
-  _globals['_JOBEVENT_PREPARING']._serialized_start=2010
-  _globals['_JOBEVENT_PREPARING']._serialized_end=2077
-  _globals['_JOBEVENT_DATACHECKED']._serialized_start=2080
-  _globals['_JOBEVENT_DATACHECKED']._serialized_end=2438
-  _globals['_JOBEVENT_DATACHECKED_LENGTHBUCKET']._serialized_start=2387
-  _globals['_JOBEVENT_DATACHECKED_LENGTHBUCKET']._serialized_end=2438
-  _globals['_JOBEVENT_DOCUMENTINDEXED']._serialized_start=2441
-  _globals['_JOBEVENT_DOCUMENTINDEXED']._serialized_end=2642
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=2644
-  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=2655
-  _globals['_JOBEVENT_FINISHED']._serialized_start=2657
-  _globals['_JOBEVENT_FINISHED']._serialized_end=2711
+  _globals['_JOBEVENT']._serialized_end=2776
+  _globals['_JOBEVENT_STATECHANGED']._serialized_start=1201
+  _globals['_JOBEVENT_STATECHANGED']._serialized_end=1378
+  _globals['_JOBEVENT_STARTED']._serialized_start=1381
+  _globals['_JOBEVENT_STARTED']._serialized_end=1539
+  _globals['_JOBEVENT_STEP']._serialized_start=1542
+  _globals['_JOBEVENT_STEP']._serialized_end=1793
+  _globals['_JOBEVENT_EVALUATION']._serialized_start=1795
+  _globals['_JOBEVENT_EVALUATION']._serialized_end=1918
+  _globals['_JOBEVENT_CHECKPOINT']._serialized_start=1920
+  _globals['_JOBEVENT_CHECKPOINT']._serialized_end=1966
+  _globals['_JOBEVENT_SAMPLE']._serialized_start=1968
+  _globals['_JOBEVENT_SAMPLE']._serialized_end=2020
+  _globals['_JOBEVENT_WARNING']._serialized_start=2022
+  _globals['_JOBEVENT_WARNING']._serialized_end=2062
+  _globals['_JOBEVENT_PREPARING']._serialized_start=2064
+  _globals['_JOBEVENT_PREPARING']._serialized_end=2131
+  _globals['_JOBEVENT_DATACHECKED']._serialized_start=2134
+  _globals['_JOBEVENT_DATACHECKED']._serialized_end=2492
+  _globals['_JOBEVENT_DATACHECKED_LENGTHBUCKET']._serialized_start=2441
+  _globals['_JOBEVENT_DATACHECKED_LENGTHBUCKET']._serialized_end=2492
+  _globals['_JOBEVENT_DOCUMENTINDEXED']._serialized_start=2495
+  _globals['_JOBEVENT_DOCUMENTINDEXED']._serialized_end=2696
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_start=2698
+  _globals['_JOBEVENT_HEARTBEAT']._serialized_end=2709
+  _globals['_JOBEVENT_FINISHED']._serialized_start=2711
+  _globals['_JOBEVENT_FINISHED']._serialized_end=2765
 # @@protoc_insertion_point(module_scope)

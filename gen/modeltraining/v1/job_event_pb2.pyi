@@ -75,7 +75,7 @@ class JobEvent(_message.Message):
         TRAINABLE_PARAMETERS_FIELD_NUMBER: _builtins.int
         TOTAL_PARAMETERS_FIELD_NUMBER: _builtins.int
         total_steps: _builtins.int
-        """Optimiser steps in all; of a RAG_INDEX job documents."""
+        """Optimiser steps in all; of a RAG_INDEX job documents, of a BATCH_GENERATION job records."""
         resumed_from_step: _builtins.int
         """Step of the checkpoint that it goes on from; 0: from the beginning."""
         train_records: _builtins.int
@@ -215,7 +215,7 @@ class JobEvent(_message.Message):
         STEP_FIELD_NUMBER: _builtins.int
         SIZE_BYTES_FIELD_NUMBER: _builtins.int
         step: _builtins.int
-        """Optimiser step after which it was saved."""
+        """Optimiser step, or number of the record, after which it was saved."""
         size_bytes: _builtins.float
         """Size of its files, bytes."""
         def __init__(
@@ -494,6 +494,7 @@ class JobEvent(_message.Message):
     PREPARING_FIELD_NUMBER: _builtins.int
     DATA_CHECKED_FIELD_NUMBER: _builtins.int
     INDEXING_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     sequence: _builtins.int
@@ -564,6 +565,10 @@ class JobEvent(_message.Message):
     def indexing(self) -> _training_job_pb2.TrainingJob.Indexing:
         """How far an indexing is, every few seconds while no document is committed."""
 
+    @_builtins.property
+    def batch(self) -> _training_job_pb2.TrainingJob.Batch:
+        """How far a batch generation is, every second or so while it answers."""
+
     def __init__(
         self,
         *,
@@ -586,12 +591,13 @@ class JobEvent(_message.Message):
         preparing: Global___JobEvent.Preparing | None = ...,
         data_checked: Global___JobEvent.DataChecked | None = ...,
         indexing: _training_job_pb2.TrainingJob.Indexing | None = ...,
+        batch: _training_job_pb2.TrainingJob.Batch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "job_id", b"job_id", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "batch", b"batch", "checkpoint", b"checkpoint", "data_checked", b"data_checked", "document_indexed", b"document_indexed", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "heartbeat", b"heartbeat", "indexing", b"indexing", "job_id", b"job_id", "payload", b"payload", "preparing", b"preparing", "sample", b"sample", "sequence", b"sequence", "snapshot", b"snapshot", "started", b"started", "state_changed", b"state_changed", "step", b"step", "time", b"time", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error", "preparing", "data_checked", "indexing"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["snapshot", "state_changed", "started", "step", "evaluation", "checkpoint", "sample", "warning", "document_indexed", "heartbeat", "finished", "error", "preparing", "data_checked", "indexing", "batch"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 

@@ -11,6 +11,7 @@ from google.rpc import status_pb2 as _status_pb2
 from modeltraining.v1 import embedding_model_pb2 as _embedding_model_pb2
 from modeltraining.v1 import estimate_pb2 as _estimate_pb2
 from modeltraining.v1 import fine_tuning_pb2 as _fine_tuning_pb2
+from modeltraining.v1 import generation_pb2 as _generation_pb2
 from modeltraining.v1 import model_version_pb2 as _model_version_pb2
 from modeltraining.v1 import retrieval_pb2 as _retrieval_pb2
 import builtins as _builtins
@@ -26,7 +27,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TrainingJob(_message.Message):
-    """A piece of work that runs beside the API: a fine-tuning, the indexing of documents, an export."""
+    """A piece of work that runs beside the API: a fine-tuning, the indexing of documents, an export, a batch generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -44,6 +45,8 @@ class TrainingJob(_message.Message):
         """Cuts and embeds documents."""
         KIND_EXPORT: TrainingJob._Kind.ValueType  # 3
         """Writes a version as files to download."""
+        KIND_BATCH_GENERATION: TrainingJob._Kind.ValueType  # 4
+        """Answers the records of a dataset."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
         """What the job does."""
@@ -56,6 +59,8 @@ class TrainingJob(_message.Message):
     """Cuts and embeds documents."""
     KIND_EXPORT: TrainingJob.Kind.ValueType  # 3
     """Writes a version as files to download."""
+    KIND_BATCH_GENERATION: TrainingJob.Kind.ValueType  # 4
+    """Answers the records of a dataset."""
 
     class _State:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -135,8 +140,9 @@ class TrainingJob(_message.Message):
         ETA_SECONDS_FIELD_NUMBER: _builtins.int
         LOSS_FIELD_NUMBER: _builtins.int
         INDEXING_FIELD_NUMBER: _builtins.int
+        BATCH_FIELD_NUMBER: _builtins.int
         step: _builtins.int
-        """Optimiser steps done; of a RAG_INDEX job documents."""
+        """Optimiser steps done; of a RAG_INDEX job documents, of a BATCH_GENERATION job records."""
         total_steps: _builtins.int
         """Optimiser steps in all. Unset: not known yet."""
         epoch: _builtins.float
@@ -144,7 +150,7 @@ class TrainingJob(_message.Message):
         fraction: _builtins.float
         """Share of the work done, 0 to 1."""
         tokens: _builtins.float
-        """Tokens read, padding not counted."""
+        """Tokens read, padding not counted; of a BATCH_GENERATION job read and written."""
         tokens_per_second: _builtins.float
         """Tokens per second of late, padding not counted. Unset: not known yet."""
         eta_seconds: _builtins.float
@@ -154,6 +160,10 @@ class TrainingJob(_message.Message):
         @_builtins.property
         def indexing(self) -> Global___TrainingJob.Indexing:
             """Of a RAG_INDEX job: how far its documents are. Unset: of another kind."""
+
+        @_builtins.property
+        def batch(self) -> Global___TrainingJob.Batch:
+            """Of a BATCH_GENERATION job: what became of its records. Unset: of another kind."""
 
         def __init__(
             self,
@@ -167,10 +177,11 @@ class TrainingJob(_message.Message):
             eta_seconds: _builtins.float | None = ...,
             loss: _builtins.float | None = ...,
             indexing: Global___TrainingJob.Indexing | None = ...,
+            batch: Global___TrainingJob.Batch | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "eta_seconds", b"eta_seconds", "indexing", b"indexing", "loss", b"loss", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "batch", b"batch", "eta_seconds", b"eta_seconds", "indexing", b"indexing", "loss", b"loss", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "fraction", b"fraction", "indexing", b"indexing", "loss", b"loss", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds", "_loss", b"_loss", "_tokens_per_second", b"_tokens_per_second", "_total_steps", b"_total_steps", "batch", b"batch", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "fraction", b"fraction", "indexing", b"indexing", "loss", b"loss", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
         _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
@@ -188,6 +199,38 @@ class TrainingJob(_message.Message):
         def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
         @_typing.overload
         def WhichOneof(self, oneof_group: _WhichOneofArgType__total_steps) -> _WhichOneofReturnType__total_steps | None: ...
+
+    @_typing.final
+    class Batch(_message.Message):
+        """What became of the records of a BATCH_GENERATION job, all attempts together."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ANSWERED_RECORDS_FIELD_NUMBER: _builtins.int
+        FAILED_RECORDS_FIELD_NUMBER: _builtins.int
+        PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+        COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+        answered_records: _builtins.int
+        """Records that have an answer."""
+        failed_records: _builtins.int
+        """Records that have none; the result says why."""
+        prompt_tokens: _builtins.float
+        """Tokens of the prompts, templates included."""
+        completion_tokens: _builtins.float
+        """Tokens generated."""
+        def __init__(
+            self,
+            *,
+            answered_records: _builtins.int = ...,
+            failed_records: _builtins.int = ...,
+            prompt_tokens: _builtins.float = ...,
+            completion_tokens: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_records", b"answered_records", "completion_tokens", b"completion_tokens", "failed_records", b"failed_records", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Indexing(_message.Message):
@@ -265,7 +308,7 @@ class TrainingJob(_message.Message):
         peak_memory_bytes: _builtins.float
         """Peak memory of its process on the host, bytes. Unset: not known."""
         tokens: _builtins.float
-        """Tokens read, padding not counted."""
+        """Tokens read, padding not counted; of a BATCH_GENERATION job read and written."""
         artifact_bytes: _builtins.float
         """Size of its result on disk, bytes."""
         peak_device_memory_bytes: _builtins.float
@@ -355,6 +398,50 @@ class TrainingJob(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class BatchGenerationConfig(_message.Message):
+        """A batch generation fully resolved."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        BASE_MODEL_FIELD_NUMBER: _builtins.int
+        VERSION_FIELD_NUMBER: _builtins.int
+        DATASET_ID_FIELD_NUMBER: _builtins.int
+        DATASET_SHA256_FIELD_NUMBER: _builtins.int
+        PARAMETERS_FIELD_NUMBER: _builtins.int
+        HISTORY_FIELD_NUMBER: _builtins.int
+        base_model: _builtins.str
+        """Base model, by hub name or path: the one that answers, or the one that the version belongs to."""
+        version: _builtins.int
+        """Version of the job's model that answers, from 1. Unset: the base model answers."""
+        dataset_id: _builtins.str
+        """The dataset."""
+        dataset_sha256: _builtins.str
+        """SHA-256 of its file, hexadecimal."""
+        history: _generation_pb2.HistoryPolicy.ValueType
+        """What becomes of conversations that leave no room for an answer."""
+        @_builtins.property
+        def parameters(self) -> _generation_pb2.GenerationParameters:
+            """How text is generated, the seed filled in. Of `max_tokens` unset: 512, or what the prompt leaves if that is less."""
+
+        def __init__(
+            self,
+            *,
+            base_model: _builtins.str = ...,
+            version: _builtins.int | None = ...,
+            dataset_id: _builtins.str = ...,
+            dataset_sha256: _builtins.str = ...,
+            parameters: _generation_pb2.GenerationParameters | None = ...,
+            history: _generation_pb2.HistoryPolicy.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "parameters", b"parameters", "version", b"version"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "base_model", b"base_model", "dataset_id", b"dataset_id", "dataset_sha256", b"dataset_sha256", "history", b"history", "parameters", b"parameters", "version", b"version"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+        _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+    @_typing.final
     class Attempt(_message.Message):
         """One try at the job. An interruption, a retry or a resume begins another."""
 
@@ -412,7 +499,7 @@ class TrainingJob(_message.Message):
 
     @_typing.final
     class Checkpoint(_message.Message):
-        """A saved state that the job can go on from."""
+        """A saved state that the job can go on from; of a BATCH_GENERATION job the answers since the one before."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -422,7 +509,7 @@ class TrainingJob(_message.Message):
         BEST_FIELD_NUMBER: _builtins.int
         CREATE_TIME_FIELD_NUMBER: _builtins.int
         step: _builtins.int
-        """Optimiser step after which it was saved."""
+        """Optimiser step, or number of the record, after which it was saved."""
         size_bytes: _builtins.float
         """Size of its files, bytes."""
         eval_loss: _builtins.float
@@ -459,6 +546,7 @@ class TrainingJob(_message.Message):
         FINE_TUNE_FIELD_NUMBER: _builtins.int
         RAG_INDEX_FIELD_NUMBER: _builtins.int
         EXPORT_FIELD_NUMBER: _builtins.int
+        BATCH_GENERATION_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def fine_tune(self) -> _fine_tuning_pb2.FineTuneConfig:
             """Of a FINE_TUNE job."""
@@ -471,18 +559,23 @@ class TrainingJob(_message.Message):
         def export(self) -> Global___TrainingJob.ExportConfig:
             """Of an EXPORT job."""
 
+        @_builtins.property
+        def batch_generation(self) -> Global___TrainingJob.BatchGenerationConfig:
+            """Of a BATCH_GENERATION job."""
+
         def __init__(
             self,
             *,
             fine_tune: _fine_tuning_pb2.FineTuneConfig | None = ...,
             rag_index: Global___TrainingJob.RagIndexConfig | None = ...,
             export: Global___TrainingJob.ExportConfig | None = ...,
+            batch_generation: Global___TrainingJob.BatchGenerationConfig | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["batch_generation", b"batch_generation", "config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_generation", b"batch_generation", "config", b"config", "export", b"export", "fine_tune", b"fine_tune", "rag_index", b"rag_index"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType_config: _TypeAlias = _typing.Literal["fine_tune", "rag_index", "export"]  # noqa: Y015
+        _WhichOneofReturnType_config: _TypeAlias = _typing.Literal["fine_tune", "rag_index", "export", "batch_generation"]  # noqa: Y015
         _WhichOneofArgType_config: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
         def WhichOneof(self, oneof_group: _WhichOneofArgType_config) -> _WhichOneofReturnType_config | None: ...
 
@@ -510,7 +603,7 @@ class TrainingJob(_message.Message):
     kind: Global___TrainingJob.Kind.ValueType
     """What it does."""
     model_id: _builtins.str
-    """Model that it makes or changes."""
+    """Model that it makes, changes or generates with; a base model by its hub name or path."""
     state: Global___TrainingJob.State.ValueType
     """Where it stands."""
     state_reason: _builtins.str

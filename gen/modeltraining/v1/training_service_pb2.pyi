@@ -40,7 +40,7 @@ class ListTrainingJobsRequest(_message.Message):
     kind: _training_job_pb2.TrainingJob.Kind.ValueType
     """Only jobs of this kind. Default: any."""
     model_id: _builtins.str
-    """Only jobs of this model. Default: any."""
+    """Only jobs of this model; with a base model's hub name those that generate with it. Default: any."""
     page_size: _builtins.int
     """Jobs per page, 1 to 1000. Default 50."""
     page_token: _builtins.str
@@ -135,6 +135,28 @@ class CancelTrainingJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelTrainingJobRequest: _TypeAlias = CancelTrainingJobRequest  # noqa: Y015
+
+@_typing.final
+class DownloadJobResultRequest(_message.Message):
+    """Asks for a job's result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job, `job_…`. Required."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadJobResultRequest: _TypeAlias = DownloadJobResultRequest  # noqa: Y015
 
 @_typing.final
 class WatchTrainingJobRequest(_message.Message):
@@ -847,7 +869,7 @@ Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y0
 
 @_typing.final
 class ListCheckpointsResponse(_message.Message):
-    """A job's checkpoints: a job keeps a few only."""
+    """A job's checkpoints: a job keeps a few only, a BATCH_GENERATION job all of its parts until it ends."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from modeltraining.v1 import dataset_pb2 as modeltraining_dot_v1_dot_dataset__pb2
 from modeltraining.v1 import job_event_pb2 as modeltraining_dot_v1_dot_job__event__pb2
@@ -93,6 +94,11 @@ class TrainingServiceStub:
                 '/modeltraining.v1.TrainingService/ListCheckpoints',
                 request_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.DownloadJobResult = channel.unary_stream(
+                '/modeltraining.v1.TrainingService/DownloadJobResult',
+                request_serializer=modeltraining_dot_v1_dot_training__service__pb2.DownloadJobResultRequest.SerializeToString,
+                response_deserializer=google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
                 _registered_method=True)
         self.UploadDataset = channel.stream_unary(
                 '/modeltraining.v1.TrainingService/UploadDataset',
@@ -211,6 +217,16 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DownloadJobResult(self, request, context):
+        """Downloads the result of a BATCH_GENERATION job that SUCCEEDED, JSON lines, in pieces; its hash is checked before the first one. A line
+        per record, in their order: `record` (from 1), `line` of the dataset's file, `choices` (`text`, `finish_reason`, `completion_tokens`,
+        `seed`, and `logprobs` if asked for), `usage`, `dropped_message_count`, and `error`, which is null or has `code`, `reason`,
+        `message` and `field_violations`. NOT_FOUND 30 days after the job's end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UploadDataset(self, request_iterator, context):
         """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
         first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
@@ -312,6 +328,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'DownloadJobResult': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadJobResult,
+                    request_deserializer=modeltraining_dot_v1_dot_training__service__pb2.DownloadJobResultRequest.FromString,
+                    response_serializer=google_dot_api_dot_httpbody__pb2.HttpBody.SerializeToString,
             ),
             'UploadDataset': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadDataset,
@@ -642,6 +663,33 @@ class TrainingService:
             '/modeltraining.v1.TrainingService/ListCheckpoints',
             modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsRequest.SerializeToString,
             modeltraining_dot_v1_dot_training__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadJobResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/modeltraining.v1.TrainingService/DownloadJobResult',
+            modeltraining_dot_v1_dot_training__service__pb2.DownloadJobResultRequest.SerializeToString,
+            google_dot_api_dot_httpbody__pb2.HttpBody.FromString,
             options,
             channel_credentials,
             insecure,

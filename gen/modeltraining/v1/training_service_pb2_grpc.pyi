@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from google.api import httpbody_pb2 as _httpbody_pb2
 from google.protobuf import empty_pb2 as _empty_pb2
 from grpc import aio as _aio
 from modeltraining.v1 import dataset_pb2 as _dataset_pb2
@@ -66,6 +67,12 @@ class TrainingServiceStub:
     """Lists the stored events of a job in their order, oldest first."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]
     """Lists the checkpoints that a job has now, latest step first."""
+    DownloadJobResult: _grpc.UnaryStreamMultiCallable[_training_service_pb2.DownloadJobResultRequest, _httpbody_pb2.HttpBody]
+    """Downloads the result of a BATCH_GENERATION job that SUCCEEDED, JSON lines, in pieces; its hash is checked before the first one. A line
+    per record, in their order: `record` (from 1), `line` of the dataset's file, `choices` (`text`, `finish_reason`, `completion_tokens`,
+    `seed`, and `logprobs` if asked for), `usage`, `dropped_message_count`, and `error`, which is null or has `code`, `reason`,
+    `message` and `field_violations`. NOT_FOUND 30 days after the job's end.
+    """
     UploadDataset: _grpc.StreamUnaryMultiCallable[_training_service_pb2.UploadDatasetRequest, _dataset_pb2.Dataset]
     """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
     first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
@@ -117,6 +124,12 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """Lists the stored events of a job in their order, oldest first."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_training_service_pb2.ListCheckpointsRequest, _training_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists the checkpoints that a job has now, latest step first."""
+    DownloadJobResult: _aio.UnaryStreamMultiCallable[_training_service_pb2.DownloadJobResultRequest, _httpbody_pb2.HttpBody]  # type: ignore[assignment]
+    """Downloads the result of a BATCH_GENERATION job that SUCCEEDED, JSON lines, in pieces; its hash is checked before the first one. A line
+    per record, in their order: `record` (from 1), `line` of the dataset's file, `choices` (`text`, `finish_reason`, `completion_tokens`,
+    `seed`, and `logprobs` if asked for), `usage`, `dropped_message_count`, and `error`, which is null or has `code`, `reason`,
+    `message` and `field_violations`. NOT_FOUND 30 days after the job's end.
+    """
     UploadDataset: _aio.StreamUnaryMultiCallable[_training_service_pb2.UploadDatasetRequest, _dataset_pb2.Dataset]  # type: ignore[assignment]
     """Uploads training records. The file is the body as it is, in as many messages as the caller likes; the other fields count in the
     first message only (over REST: in the query). INVALID_ARGUMENT if no record can be used; each bad one is named with its line.
@@ -231,6 +244,18 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_training_service_pb2.ListCheckpointsResponse]]:
         """Lists the checkpoints that a job has now, latest step first."""
+
+    @_abc_1.abstractmethod
+    def DownloadJobResult(
+        self,
+        request: _training_service_pb2.DownloadJobResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_httpbody_pb2.HttpBody], _abc.AsyncIterator[_httpbody_pb2.HttpBody]]:
+        """Downloads the result of a BATCH_GENERATION job that SUCCEEDED, JSON lines, in pieces; its hash is checked before the first one. A line
+        per record, in their order: `record` (from 1), `line` of the dataset's file, `choices` (`text`, `finish_reason`, `completion_tokens`,
+        `seed`, and `logprobs` if asked for), `usage`, `dropped_message_count`, and `error`, which is null or has `code`, `reason`,
+        `message` and `field_violations`. NOT_FOUND 30 days after the job's end.
+        """
 
     @_abc_1.abstractmethod
     def UploadDataset(

@@ -6,10 +6,11 @@ from modeltraining.v1 import job_event_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.findings import finding_to_proto
-from server.api.mappers.jobs import counters_to_proto, job_to_proto, state_to_proto
+from server.api.mappers.jobs import batch_to_proto, counters_to_proto, job_to_proto, state_to_proto
 from server.api.mappers.values import time_to_proto
 from server.domain.errors import ErrorData
 from server.domain.events import (
+    BatchAdvanced,
     CheckpointSaved,
     DataChecked,
     Evaluated,
@@ -78,6 +79,8 @@ def payload_to_proto(payload: LoggedPayload) -> Event:
             return Event(data_checked=_data_checked_to_proto(payload))
         case IndexAdvanced():
             return Event(indexing=counters_to_proto(payload.counters))
+        case BatchAdvanced():
+            return Event(batch=batch_to_proto(payload.counters))
         case IndexProgress():
             return Event(document_indexed=_document_to_proto(payload))
 

@@ -23,7 +23,7 @@ from server.domain.generation import (
 from server.domain.records import ToolCall
 from server.services.generating import AnswerFinished, Choice, Generation
 from server.services.inference_service import Rendering
-from server.services.requests import Generate
+from server.services.requests import CreateBatchGeneration, Generate
 from server.services.validation import Violations
 
 ROLES = ", ".join(role.value for role in Role)
@@ -104,6 +104,43 @@ def parameters_from_proto(message: generation_pb2.GenerationParameters) -> Gener
         stop_token_ids=tuple(message.stop_token_ids),
         logit_bias=dict(message.logit_bias),
         constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
+    )
+
+
+def parameters_to_proto(parameters: GenerationParameters) -> generation_pb2.GenerationParameters:
+    """Write sampling parameters as they count; what is unlimited or off by being left out stays unset."""
+    constraint = parameters.constraint
+    form = {"json_schema": constraint.json_schema} if constraint and constraint.json_schema else {}
+    form |= {"regex": constraint.regex} if constraint and constraint.regex else {}
+    return generation_pb2.GenerationParameters(
+        max_tokens=parameters.max_tokens,
+        temperature=parameters.temperature,
+        top_p=parameters.top_p,
+        top_k=parameters.top_k,
+        min_p=parameters.min_p,
+        repetition_penalty=parameters.repetition_penalty,
+        presence_penalty=parameters.presence_penalty,
+        frequency_penalty=parameters.frequency_penalty,
+        stop=parameters.stop,
+        seed=parameters.seed,
+        logprobs=parameters.logprobs,
+        n=parameters.n,
+        stop_token_ids=parameters.stop_token_ids,
+        logit_bias=parameters.logit_bias,
+        constraint=generation_pb2.OutputConstraint(**form) if constraint else None,
+    )
+
+
+def batch_from_proto(message: inference_service_pb2.CreateBatchGenerationRequest, found: Violations) -> CreateBatchGeneration:
+    """Read what is to be answered, and how."""
+    return CreateBatchGeneration(
+        model_id=message.model_id,
+        dataset_id=message.dataset_id,
+        parameters=parameters_from_proto(message.parameters),
+        version=message.version if message.HasField("version") else None,
+        history=history_from_proto(message.history, found),
+        request_id=message.request_id,
+        validate_only=message.validate_only,
     )
 
 

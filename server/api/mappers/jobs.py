@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-from modeltraining.v1 import model_version_pb2, training_job_pb2, training_service_pb2
+from modeltraining.v1 import generation_pb2, model_version_pb2, training_job_pb2, training_service_pb2
 
 from server.api.errors import status_from_data
 from server.api.mappers.embedding import backend_to_proto
 from server.api.mappers.estimates import estimate_to_proto
 from server.api.mappers.fine_tuning import fine_tune_to_proto
+from server.api.mappers.generation import parameters_to_proto
 from server.api.mappers.retrieval import chunking_to_proto
 from server.api.mappers.values import enum_from_proto, enum_to_proto, time_to_proto
-from server.domain.jobs import Attempt, Checkpoint, IndexCounters, Job, JobKind, JobState, Progress, Usage
-from server.domain.specs import ExportSpec, FineTuneSpec, Spec
+from server.domain.jobs import Attempt, BatchCounters, Checkpoint, IndexCounters, Job, JobKind, JobState, Progress, Usage
+from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, Spec
 from server.services.ports import JobFilter
 from server.services.requests import ListJobs, PageRequest
 from server.services.training_service import Series
@@ -62,6 +63,7 @@ def progress_to_proto(progress: Progress) -> training_job_pb2.TrainingJob.Progre
         eta_seconds=progress.eta_seconds,
         loss=progress.loss,
         indexing=counters_to_proto(progress.indexing) if progress.indexing else None,
+        batch=batch_to_proto(progress.batch) if progress.batch else None,
     )
 
 
@@ -73,6 +75,16 @@ def counters_to_proto(counters: IndexCounters) -> training_job_pb2.TrainingJob.I
         embedded_chunks=counters.embedded_chunks,
         reused_chunks=counters.reused_chunks,
         committed_documents=counters.committed_documents,
+    )
+
+
+def batch_to_proto(counters: BatchCounters) -> training_job_pb2.TrainingJob.Batch:
+    """Write what became of the records of a batch generation."""
+    return TrainingJob.Batch(
+        answered_records=counters.answered_records,
+        failed_records=counters.failed_records,
+        prompt_tokens=counters.prompt_tokens,
+        completion_tokens=counters.completion_tokens,
     )
 
 
@@ -94,6 +106,8 @@ def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
     if isinstance(spec, ExportSpec):
         form = enum_to_proto(model_version_pb2.ModelVersion.ExportFormat, "EXPORT_FORMAT", spec.format)
         return TrainingJob.EffectiveConfig(export=TrainingJob.ExportConfig(version=spec.version, format=form))
+    if isinstance(spec, BatchSpec):
+        return TrainingJob.EffectiveConfig(batch_generation=_batch_config_to_proto(spec))
     return TrainingJob.EffectiveConfig(
         rag_index=TrainingJob.RagIndexConfig(
             embedding_model=spec.embedding_model,
@@ -102,6 +116,17 @@ def spec_to_proto(spec: Spec) -> training_job_pb2.TrainingJob.EffectiveConfig:
             index_number=spec.index_number,
             reindex=spec.is_reindex,
         )
+    )
+
+
+def _batch_config_to_proto(spec: BatchSpec) -> training_job_pb2.TrainingJob.BatchGenerationConfig:
+    return TrainingJob.BatchGenerationConfig(
+        base_model=spec.base_model,
+        version=spec.version,
+        dataset_id=spec.dataset_id,
+        dataset_sha256=spec.dataset_sha256,
+        parameters=parameters_to_proto(spec.parameters),
+        history=enum_to_proto(generation_pb2.HistoryPolicy, "HISTORY_POLICY", spec.history),
     )
 
 
