@@ -186,27 +186,31 @@ def _write_lexical(shape: Shape) -> str:
 
     Both halves stand in the plan; what is counted before either starts lets one of them run.
     """
-    is_small = f"(SELECT size FROM collection) <= {shape.compared_chunks}"
-    few, kept = "", ""
+    score = "-(weights <#> (SELECT terms FROM query))"
+    chosen = f"SELECT document_id, position, {score} AS score FROM"
+    is_small = is_compared = f"(SELECT size FROM collection) <= {shape.compared_chunks}"
+    of_few, kept = "", ""
     if shape.conditions:
-        few = f" OR (SELECT chunks FROM breadth) <= {shape.compared_chunks}"
         kept = f" AND {_write_match(shape, 'chunk_terms')}"
-    whole = f"({is_small}{few})"
+        is_few = f"(SELECT chunks FROM breadth) <= {shape.compared_chunks}"
+        is_compared = f"({is_small} OR {is_few})"
+        # Found by their documents' keys: of a large collection all chunks would be read, and the document of each.
+        of_few = f"""{chosen} matching JOIN chunk_terms USING (document_id) WHERE {_INDEX} AND {is_few} AND NOT {is_small}
+        UNION ALL """
     common = min(shape.candidate_chunks, COMMON_CHUNKS)
     lacking = f"(SELECT chunks FROM rare) < {FEW_CHUNKS}"
     tests = [(_HAS_RARE, shape.candidate_chunks)] + [(f"{test} AND {lacking}", common) for test in _HAS_COMMON]
     by_words = "\n        UNION ALL ".join(
         # A word's number holds its collection, bar a collision. Fenced off, or the planner reads the keys of the whole collection, too.
         f"(SELECT * FROM (SELECT * FROM (SELECT * FROM chunk_terms WHERE {test} OFFSET 0) AS holding WHERE {_INDEX} LIMIT {most})"
-        f" AS chunk_terms WHERE NOT {whole}{kept})"
+        f" AS chunk_terms WHERE NOT {is_compared}{kept})"
         for test, most in tests
     )
-    score = "-(weights <#> (SELECT terms FROM query))"
     # Tested after the limit, below which only lower scores lie: in the scans themselves each would be computed twice.
     return f"""
 lexical AS MATERIALIZED (
     SELECT * FROM (
-        SELECT document_id, position, {score} AS score FROM chunk_terms WHERE {_INDEX} AND {whole}{kept}
+        {of_few}{chosen} chunk_terms WHERE {_INDEX} AND {is_small}{kept}
         UNION
         SELECT document_id, position, {score} FROM (
         {by_words}

@@ -219,6 +219,18 @@ async def test_no_more_is_read_for_common_words_than_what_has_them(
     assert count_rows(with_any) <= 5
 
 
+async def test_the_few_documents_of_a_filter_are_not_looked_for_chunk_by_chunk_in_a_large_collection(
+    database: PostgresDatabase, queue: PostgresJobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = await add_collection(database, queue, ["red"] * 60, make_vectors(60))
+    _limit(monkeypatch, compared_chunks=5)
+    with analysing() as plans:
+        found = await find(database, collection.model, "red", replace(LEXICAL, filter=(MetadataCondition("lang", equals="ar"),)))
+    assert set(collection.places(found)) == {0, 1, 2, 3}
+    # Not that the document of each chunk is looked at, as it is where a filter keeps many.
+    assert max(node["Actual Loops"] for node in walk(plans[0]) if node.get("Relation Name") == "documents") <= 4
+
+
 async def test_a_chunk_that_words_alone_found_is_compared_once(
     database: PostgresDatabase, collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
