@@ -24,8 +24,10 @@ from server.domain.techniques import (
 
 HALF_BYTES = 2  # a weight or activation in bf16
 MASTER_BYTES = 4  # a trained parameter in float32, or its gradient
-REST_BYTES = 2  # what makes a float32 master of a weight in bf16 (training/optimiser.py)
 MOMENTS_BYTES = 8  # AdamW's two, in float32
+# Of a weight in bf16 (training/optimiser.py): what makes a float32 master of it, and the moments, the first in bf16.
+REST_BYTES = 2
+HALF_MOMENTS_BYTES = 6
 # NF4 and FP4: half a byte, and a float32 scale per 64 weights, itself quantised to 8 bits where doubly quantised.
 FOUR_BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 # Python, torch, transformers and peft, as resident memory of an idle child.
@@ -114,8 +116,8 @@ def _trained_bytes(shape: ModelShape, technique: Technique) -> float:
     if isinstance(technique, Vera):  # the random projections of the widest layer, which all share
         widest = max(max(linear.inputs, linear.outputs) for linear in shape.linears)
         shared = 2.0 * technique.rank * widest * MASTER_BYTES
-    own = REST_BYTES if isinstance(technique, FullTechnique) else MASTER_BYTES
-    return trained * (own + MASTER_BYTES + MOMENTS_BYTES) + shared
+    optimiser = REST_BYTES + HALF_MOMENTS_BYTES if isinstance(technique, FullTechnique) else MASTER_BYTES + MOMENTS_BYTES
+    return trained * (MASTER_BYTES + optimiser) + shared
 
 
 def _activation_bytes(shape: ModelShape, technique: Technique, parameters: TrainingParameters, longest_tokens: int) -> float:
@@ -166,8 +168,10 @@ def _kept_share(technique: Technique) -> float:
 def estimate_disk(shape: ModelShape, technique: Technique, tokens: float) -> float:
     """Estimate the disk that checkpoints, result and token cache take, in bytes."""
     trained = count_trained(shape, technique)
-    result = shape.parameter_count * HALF_BYTES if isinstance(technique, FullTechnique) else trained * MASTER_BYTES
-    return KEPT_CHECKPOINTS * trained * (MASTER_BYTES + MOMENTS_BYTES) + result + tokens * TOKEN_DISK_BYTES
+    is_full = isinstance(technique, FullTechnique)
+    result = shape.parameter_count * HALF_BYTES if is_full else trained * MASTER_BYTES
+    moments = HALF_MOMENTS_BYTES if is_full else MOMENTS_BYTES
+    return KEPT_CHECKPOINTS * trained * (MASTER_BYTES + moments) + result + tokens * TOKEN_DISK_BYTES
 
 
 def estimate_flops_per_token(shape: ModelShape, technique: Technique) -> float:

@@ -87,7 +87,7 @@ def test_the_big_ones_are_judged_by_their_published_configurations(name: str, te
 
 
 def test_what_would_fit_with_a_change_is_refused_with_that_change() -> None:
-    found = estimate("llama-3-8b", FullTechnique(), H200)
+    found = estimate("llama-2-13b", FullTechnique(), H200)
     assert found.verdict is Verdict.FITS_WITH
     with pytest.raises(FailedPrecondition, match="technique lora") as refusal:
         refuse_if_too_big(found)
