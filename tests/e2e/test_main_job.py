@@ -241,6 +241,8 @@ def test_texts_are_embedded_as_the_library_does_and_cut_where_the_model_stops_re
     by_grpc = call_grpc(stack.grpc_target, "InferenceService/Embed", body)
     assert not isinstance(by_grpc, Refusal)
     assert np.abs(np.array([row.values for row in by_grpc.embeddings]) - expected).max() < 1e-5
+    in_bytes = np.array([row["values"] for row in post(stack, "/embeddings", {**body, "backend": "BACKEND_INT8"})["embeddings"]])
+    assert 0.99 < (in_bytes * expected).sum(axis=1).min() < 0.9999
 
 
 def test_an_answer_from_documents_streams_its_sources_text_and_verified_citations(stack: Stack, library: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from transformers import AutoTokenizer
@@ -192,35 +193,74 @@ def test_tokens_are_counted_whole_and_what_is_beyond_the_length_is_cut_as_the_li
     assert loaded.encode_counted(texts, EmbedRole.PASSAGE)[1] == counts
 
 
-def test_sixteen_bits_give_nearly_the_vectors_of_32_and_the_same_ranking_and_both_are_held_apart(minilm: Embedder) -> None:
+@pytest.mark.parametrize(("backend", "least", "most"), [(EmbeddingBackend.BFLOAT16, 0.999, 0.99999), (EmbeddingBackend.INT8, 0.99, 0.9999)])
+def test_fewer_bits_give_nearly_the_vectors_of_32_and_the_same_ranking_and_all_are_held_apart(
+    minilm: Embedder, backend: EmbeddingBackend, least: float, most: float
+) -> None:
     passages, queries = read_paragraphs(), ["How do I send a parcel?", "What may wheelchairs do?", "When is the market open?"]
-    half = minilm.load(MINILM, EmbeddingBackend.BFLOAT16)
-    assert half is not minilm.load(MINILM)
-    assert half.space.fingerprint != minilm.load(MINILM).space.fingerprint
-    assert half is minilm.load("all-MiniLM-L6-v2", EmbeddingBackend.BFLOAT16)
-    rough, asked = half.encode(passages, EmbedRole.PASSAGE), half.encode(queries, EmbedRole.QUERY)
+    fewer = minilm.load(MINILM, backend)
+    assert fewer is minilm.load("all-MiniLM-L6-v2", backend)
+    held = [minilm.load(MINILM, other) for other in EmbeddingBackend]
+    assert len({id(one) for one in held}) == len({one.space.fingerprint for one in held}) == len(EmbeddingBackend)
+    rough, asked = fewer.encode(passages, EmbedRole.PASSAGE), fewer.encode(queries, EmbedRole.QUERY)
     exact = minilm.embed(MINILM, passages, EmbedRole.PASSAGE)
-    assert 0.999 < (rough * exact).sum(axis=1).min() < 0.99999
+    assert least < (rough * exact).sum(axis=1).min() < most
     assert rough.dtype == np.float32
     assert np.abs(np.linalg.norm(rough, axis=1) - 1).max() < 1e-5
     expected = minilm.embed(MINILM, queries, EmbedRole.QUERY) @ exact.T
     assert ((asked @ rough.T).argmax(axis=1) == expected.argmax(axis=1)).all()
-    given = minilm.embed_texts(MINILM, passages, EmbedRole.PASSAGE, EmbeddingBackend.BFLOAT16)
+    given = minilm.embed_texts(MINILM, passages, EmbedRole.PASSAGE, backend)
     assert np.abs(np.array(given.vectors) - rough).max() < 1e-6
+    assert given.fingerprint == fewer.space.fingerprint
 
 
 def test_a_library_run_model_computes_in_sixteen_bits_too(tmp_path: Path) -> None:
     directory = build_tiny_xlm_roberta(tmp_path)
     write_modules(directory, ["Transformer", "Pooling"], {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
     embedder = Embedder({"x": directory}.__getitem__)
-    exact, rough = (embedder.embed_texts("x", TEXTS, EmbedRole.QUERY, backend).vectors for backend in EmbeddingBackend)
-    assert 1e-6 < np.abs(np.array(exact) - np.array(rough)).max() < 0.05
+    exact, *others = (embedder.embed_texts("x", TEXTS, EmbedRole.QUERY, backend).vectors for backend in EmbeddingBackend)
+    assert [1e-6 < np.abs(np.array(exact) - np.array(rough)).max() < 0.05 for rough in others] == [True, True]
+
+
+@pytest.mark.parametrize("make", [build_tiny_xlm_roberta, build_tiny_embedding_model])
+def test_families_keep_their_vectors_in_eight_bits_alone_and_in_a_padded_batch(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    directory = make(tmp_path)
+    loaded = Embedder({"x": directory}.__getitem__).load("x", EmbeddingBackend.INT8)
+    together = loaded.encode(TEXTS, EmbedRole.PASSAGE)
+    exact = embed(directory, TEXTS)
+    assert (together * exact).sum(axis=1).min() > 0.98
+    assert np.abs(together - exact).max() > 1e-5
+    alone = np.concatenate([loaded.encode([text], EmbedRole.PASSAGE) for text in TEXTS])
+    assert (together * alone).sum(axis=1).min() > 0.9999
+
+
+def test_a_model_that_eight_bits_would_spoil_is_refused(tmp_path: Path) -> None:
+    directory = build_tiny_embedding_model(tmp_path)
+    weights = load_file(directory / "model.safetensors")
+    # A weight so large that the others of its row are nothing beside it, for a state that is always about nothing.
+    (wide,) = (name for name in weights if name.endswith("intermediate.dense.weight"))
+    weights[wide][:, 0] = 1e4
+    for part in ("weight", "bias"):
+        (name,) = (name for name in weights if name.endswith(f"attention.output.LayerNorm.{part}"))
+        weights[name][0] = 0
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    embedder = Embedder({"x": directory}.__getitem__)
+    embedder.load("x")
+    with pytest.raises(FailedPrecondition, match=r"loses too much in INT8.*use FLOAT32") as refused:
+        embedder.load("x", EmbeddingBackend.INT8)
+    assert refused.value.reason == "EMBEDDING_BACKEND_UNSUPPORTED"
+
+
+def test_eight_bits_are_refused_on_a_gpu_before_anything_is_loaded() -> None:
+    with pytest.raises(FailedPrecondition, match=r"x cannot be computed in INT8 here.*Use FLOAT32") as refused:
+        Embedder(dict[str, Path]().__getitem__, device="cuda").load("x", EmbeddingBackend.INT8)
+    assert refused.value.reason == "EMBEDDING_BACKEND_UNSUPPORTED"
 
 
 def test_a_large_model_embeds_fewer_texts_together(minilm: Embedder) -> None:
     loaded = minilm.load(MINILM)
     assert loaded.texts_per_window == 256
-    assert LoadedModel(loaded.profile, loaded.tokenizer, Weighing(303_000_000), 8, "r", torch.float32).texts_per_window == 16
+    assert LoadedModel(loaded.profile, loaded.tokenizer, Weighing(303_000_000), 8, "r").texts_per_window == 16
 
 
 class Weighing:

@@ -101,9 +101,10 @@ def test_a_document_too_long_for_one_event_is_refused_with_advice(tmp_path: Path
     assert indexed[1].error == ""
 
 
-def test_a_job_embeds_in_the_numbers_of_its_index(tmp_path: Path, minilm: Embedder) -> None:
-    (event,) = documents_of(run(tmp_path, ["The maps lie in a blue house."], minilm, backend=EmbeddingBackend.BFLOAT16))
-    expected = minilm.load(MINILM, EmbeddingBackend.BFLOAT16).encode(["The maps lie in a blue house."], EmbedRole.PASSAGE)
+@pytest.mark.parametrize("backend", [EmbeddingBackend.BFLOAT16, EmbeddingBackend.INT8])
+def test_a_job_embeds_in_the_numbers_of_its_index(tmp_path: Path, minilm: Embedder, backend: EmbeddingBackend) -> None:
+    (event,) = documents_of(run(tmp_path, ["The maps lie in a blue house."], minilm, backend=backend))
+    expected = minilm.load(MINILM, backend).encode(["The maps lie in a blue house."], EmbedRole.PASSAGE)
     assert np.abs(read_vectors(event) - expected).max() < 1e-4
     assert np.abs(read_vectors(event) - minilm.embed(MINILM, ["The maps lie in a blue house."], EmbedRole.PASSAGE)).max() > 2e-4
 

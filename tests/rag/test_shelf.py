@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.domain.errors import ResourceExhausted
-from server.rag.shelf import Shelf, measure_weights
+from server.rag.shelf import NumberBytes, Shelf, measure_weights
 
 NUMBERS = 1_000
 
@@ -25,6 +25,17 @@ def test_weights_are_measured_as_float32_whatever_they_are_stored_as(weights: Pa
     assert measure_weights(weights) == 4 * NUMBERS
     (weights / "empty.safetensors").write_text("")
     assert measure_weights(weights) == 4 * NUMBERS
+
+
+def test_matrices_of_bytes_count_a_byte_and_tables_of_words_do_not(tmp_path: Path) -> None:
+    shapes = {"a.weight": (4, 25), "a.bias": (4,), "embeddings.word_embeddings.weight": (10, 5)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    bytes_held = measure_weights(tmp_path, NumberBytes(1, 4))
+    assert bytes_held == 100 + 4 * 4 + 4 * 50
+    shelf = Shelf(bytes_held)
+    assert shelf.take(list, "a", lambda: tmp_path, lambda _: [1], NumberBytes(1, 4)) == [1]
+    with pytest.raises(ResourceExhausted):
+        shelf.take(list, "b", lambda: tmp_path, lambda _: [1])
 
 
 def test_the_model_not_used_for_longest_leaves_and_kinds_share_the_budget(weights: Path) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from modeltraining.v1 import base_model_pb2 as modeltraining_dot_v1_dot_base__model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&modeltraining/v1/embedding_model.proto\x12\x10modeltraining.v1\x1a!modeltraining/v1/base_model.proto\"\xf6\x04\n\x0e\x45mbeddingModel\x12\x1a\n\x12\x65mbedding_model_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x16\n\tdimension\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x39\n\x07pooling\x18\x07 \x01(\x0e\x32(.modeltraining.v1.EmbeddingModel.Pooling\x12\x14\n\x0cquery_prefix\x18\x08 \x01(\t\x12\x16\n\x0epassage_prefix\x18\t \x01(\t\x12\x18\n\x10text_preparation\x18\n \x01(\t\x12\x0f\n\x07license\x18\x0b \x01(\t\x12\x11\n\tlanguages\x18\x0c \x03(\t\x12\x1b\n\x13tuned_for_retrieval\x18\r \x01(\x08\x12>\n\x0c\x61vailability\x18\x0e \x01(\x0e\x32(.modeltraining.v1.BaseModel.Availability\x12\x1b\n\x13\x61vailability_reason\x18\x0f \x01(\t\x12\x0c\n\x04note\x18\x10 \x01(\t\"E\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOLING_CLS\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02\"M\n\x07\x42\x61\x63kend\x12\x17\n\x13\x42\x41\x43KEND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41\x43KEND_FLOAT32\x10\x01\x12\x14\n\x10\x42\x41\x43KEND_BFLOAT16\x10\x02\x42\x0c\n\n_dimensionB\r\n\x0b_max_tokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&modeltraining/v1/embedding_model.proto\x12\x10modeltraining.v1\x1a!modeltraining/v1/base_model.proto\"\x88\x05\n\x0e\x45mbeddingModel\x12\x1a\n\x12\x65mbedding_model_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x04 \x01(\t\x12\x16\n\tdimension\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x39\n\x07pooling\x18\x07 \x01(\x0e\x32(.modeltraining.v1.EmbeddingModel.Pooling\x12\x14\n\x0cquery_prefix\x18\x08 \x01(\t\x12\x16\n\x0epassage_prefix\x18\t \x01(\t\x12\x18\n\x10text_preparation\x18\n \x01(\t\x12\x0f\n\x07license\x18\x0b \x01(\t\x12\x11\n\tlanguages\x18\x0c \x03(\t\x12\x1b\n\x13tuned_for_retrieval\x18\r \x01(\x08\x12>\n\x0c\x61vailability\x18\x0e \x01(\x0e\x32(.modeltraining.v1.BaseModel.Availability\x12\x1b\n\x13\x61vailability_reason\x18\x0f \x01(\t\x12\x0c\n\x04note\x18\x10 \x01(\t\"E\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPOOLING_CLS\x10\x01\x12\x10\n\x0cPOOLING_MEAN\x10\x02\"_\n\x07\x42\x61\x63kend\x12\x17\n\x13\x42\x41\x43KEND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42\x41\x43KEND_FLOAT32\x10\x01\x12\x14\n\x10\x42\x41\x43KEND_BFLOAT16\x10\x02\x12\x10\n\x0c\x42\x41\x43KEND_INT8\x10\x03\x42\x0c\n\n_dimensionB\r\n\x0b_max_tokensb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'modeltraining.v1.embedding_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EMBEDDINGMODEL']._serialized_start=96
-  _globals['_EMBEDDINGMODEL']._serialized_end=726
+  _globals['_EMBEDDINGMODEL']._serialized_end=744
   _globals['_EMBEDDINGMODEL_POOLING']._serialized_start=549
   _globals['_EMBEDDINGMODEL_POOLING']._serialized_end=618
   _globals['_EMBEDDINGMODEL_BACKEND']._serialized_start=620
-  _globals['_EMBEDDINGMODEL_BACKEND']._serialized_end=697
+  _globals['_EMBEDDINGMODEL_BACKEND']._serialized_end=715
 # @@protoc_insertion_point(module_scope)

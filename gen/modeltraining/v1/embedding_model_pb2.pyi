@@ -61,6 +61,10 @@ class EmbeddingModel(_message.Message):
         """32 bits: the model as it was trained."""
         BACKEND_BFLOAT16: EmbeddingModel._Backend.ValueType  # 2
         """16 bits with the range of 32: half the memory, and faster on processors that multiply it (AVX512-BF16, AMX), slower on others."""
+        BACKEND_INT8: EmbeddingModel._Backend.ValueType  # 3
+        """8 bits in the linear layers, 32 elsewhere: a quarter of the memory, tables of words apart, and faster on processors that multiply
+        bytes (VNNI, AMX). On others, and for a model whose vectors would become others, it is refused: EMBEDDING_BACKEND_UNSUPPORTED.
+        """
 
     class Backend(_Backend, metaclass=_BackendEnumTypeWrapper):
         """In which numbers a model computes. Vectors of one are not compared with those of another."""
@@ -71,6 +75,10 @@ class EmbeddingModel(_message.Message):
     """32 bits: the model as it was trained."""
     BACKEND_BFLOAT16: EmbeddingModel.Backend.ValueType  # 2
     """16 bits with the range of 32: half the memory, and faster on processors that multiply it (AVX512-BF16, AMX), slower on others."""
+    BACKEND_INT8: EmbeddingModel.Backend.ValueType  # 3
+    """8 bits in the linear layers, 32 elsewhere: a quarter of the memory, tables of words apart, and faster on processors that multiply
+    bytes (VNNI, AMX). On others, and for a model whose vectors would become others, it is refused: EMBEDDING_BACKEND_UNSUPPORTED.
+    """
 
     EMBEDDING_MODEL_ID_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
