@@ -1,4 +1,4 @@
-"""Layers with fewer passes over memory than their originals: LoRA beside a frozen linear layer, RMSNorm.
+"""Layers with fewer passes over memory than their originals, or that keep less: LoRA beside a frozen linear layer, RMSNorm, gated MLPs.
 
 Each replaces the class of an existing module, which keeps its parameters and names; `fuse` does so only where it computes the same.
 """
@@ -10,6 +10,7 @@ from peft.tuners.adalora import SVDLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd import Function
+from torch.nn.functional import silu
 
 from server.basemodels.quantization import QuantizedLinear
 from server.training.autograd import apply_function
@@ -135,11 +136,54 @@ class FusedRmsNorm(nn.Module):
         return apply_function(_RmsNormFunction, x, self.weight, _epsilon(self))
 
 
+class _GatedFunction(Function):
+    """y = (silu(gate) * up) W' + b, W and b trained. Keeps gate and up [T, I], and computes what lies between again: half as much."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return nn.functional.linear(silu(gate).mul_(up), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        gradient, active = upstream[0], silu(gate)
+        weight_gradient = gradient.t() @ (active * up)
+        bias_gradient = gradient.sum(0) if ctx.needs_input_grad[3] else None
+        product_gradient = gradient @ weight
+        up_gradient = product_gradient * active
+        gate_gradient = torch.ops.aten.silu_backward(product_gradient.mul_(up), gate)
+        return gate_gradient, up_gradient, weight_gradient, bias_gradient
+
+
+def _multiply_gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Compute [..., D] to [..., D] by a module that is a gated MLP."""
+    gate, up, down = (cast(nn.Linear, getattr(module, name)) for name in GATED_LAYERS)
+    rows = x.flatten(0, -2)
+    return apply_function(_GatedFunction, gate(rows), up(rows), down.weight, down.bias).view(x.shape)
+
+
+def _fuse_gated(module: nn.Module) -> bool:
+    """Have a gated MLP, all of whose layers are trained, keep less, where it computes the same so; else leave it."""
+    layers = [getattr(module, name, None) for name in GATED_LAYERS]
+    trained = all(type(layer) is nn.Linear and layer.weight.requires_grad and not layer.weight.is_meta for layer in layers)
+    if not trained or not type(module).__name__.endswith("MLP"):
+        return False
+    gate = cast(nn.Linear, layers[0])
+    probe = torch.linspace(-2.0, 3.0, 4 * gate.in_features, device=gate.weight.device).view(4, -1).to(gate.weight.dtype)
+    with torch.no_grad():
+        if not torch.equal(module(probe), _multiply_gated(module, probe)):
+            return False
+    module.__class__ = type(f"Fused{type(module).__name__}", (type(module),), {"forward": _multiply_gated})
+    return True
+
+
 def _epsilon(module: nn.Module) -> float:
     found = next((getattr(module, name) for name in ("variance_epsilon", "eps", "epsilon") if hasattr(module, name)), None)
     return float(cast(float, found)) if found is not None else 1e-6
 
 
+GATED_LAYERS = ("gate_proj", "up_proj", "down_proj")
 FUSED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {LoraLinear: FusedLoraLinear, SVDLinear: FusedSvdLinear}
 
 
@@ -152,6 +196,8 @@ def fuse(model: nn.Module) -> int:
             fused += 1
         elif type(module).__name__.endswith("RMSNorm") and _agrees_fused(module):
             module.__class__ = FusedRmsNorm
+            fused += 1
+        elif _fuse_gated(module):
             fused += 1
     return fused
 

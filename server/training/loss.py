@@ -15,8 +15,8 @@ from server.training.autograd import apply_function
 
 # Rows of logits at once: 128 rows of 49,152 float32 numbers are 25 MB, which still fits into a server's last cache.
 CHUNK_ROWS = 128
-# Where the head itself is trained its gradient [V, D] is added to once per chunk: fewer, larger chunks.
-CHUNK_ROWS_FOR_TRAINED_HEAD = 256
+# Rows of the head's gradient [V, D] that are added to at once: a product of the whole and its float32 copy would take 170 MB.
+BLOCK_ROWS = 4096
 
 
 class _SummedCrossEntropy(Function):
@@ -105,29 +105,23 @@ class _Gradients:
         if self._by_hidden is not None:
             torch.mm(error, self._weight_VD, out=self._by_hidden[part])
         if self._by_weight is not None:
-            self._by_weight += error.t() @ self._hidden_ND[part]
+            for some in range(0, len(self._by_weight), BLOCK_ROWS):
+                block = slice(some, some + BLOCK_ROWS)
+                self._by_weight[block] += error[:, block].t() @ self._hidden_ND[part]
 
     def give(self, scale: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """Give all in the types of what they belong to, times `scale`. Uses them up: a head's is the largest tensor there is."""
-        dtypes = (self._hidden_ND.dtype, self._weight_VD.dtype, self._weight_VD.dtype)
+        """Give all times `scale`, the head's in float32. Uses them up: a head's is the largest tensor there is."""
         found = (self._by_hidden, self._by_weight, self._by_bias)
-        return tuple(
-            None if gradient is None else (gradient if scale is None else gradient.mul_(scale.to(gradient.dtype))).to(dtype)
-            for gradient, dtype in zip(found, dtypes, strict=True)
-        )
+        return tuple(gradient if gradient is None or scale is None else gradient.mul_(scale.to(gradient.dtype)) for gradient in found)
 
 
 def sum_cross_entropy(
     hidden_ND: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, weights_N: torch.Tensor, rows: int | None = None
 ) -> torch.Tensor:
     """Give the weighted sum of cross entropies (nats, float32 scalar) of N hidden states through an output head."""
-    return apply_function(_SummedCrossEntropy, hidden_ND, head.weight, head.bias, targets_N, weights_N, rows or _rows(head))
+    return apply_function(_SummedCrossEntropy, hidden_ND, head.weight, head.bias, targets_N, weights_N, rows or CHUNK_ROWS)
 
 
 def token_cross_entropies(hidden_ND: torch.Tensor, head: nn.Linear, targets_N: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     """Give the cross entropies [N] (nats, float32) of N hidden states through an output head."""
-    return apply_function(_TokenCrossEntropies, hidden_ND, head.weight, head.bias, targets_N, rows or _rows(head))
-
-
-def _rows(head: nn.Linear) -> int:
-    return CHUNK_ROWS_FOR_TRAINED_HEAD if head.weight.requires_grad else CHUNK_ROWS
+    return apply_function(_TokenCrossEntropies, hidden_ND, head.weight, head.bias, targets_N, rows or CHUNK_ROWS)

@@ -180,7 +180,8 @@ def assert_same_gradients(got: torch.Tensor, expected: torch.Tensor, inputs: Seq
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_chunked_loss_is_the_weighted_cross_entropy(rows: int, bias: bool) -> None:
+def test_the_chunked_loss_is_the_weighted_cross_entropy(rows: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.training.loss.BLOCK_ROWS", 16)  # of 50
     hidden, head, targets, weights = make_head_inputs(bias)
     expected = (cross_entropy(head(hidden), targets, reduction="none") * weights).sum()
     got = sum_cross_entropy(hidden, head, targets, weights, rows)
