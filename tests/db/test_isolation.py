@@ -26,6 +26,7 @@ from tests.db.samples import (
     add_model,
     add_retry,
     finish_job,
+    make_batch,
     make_chunks,
     make_evaluation,
     make_export,
@@ -52,6 +53,7 @@ class Theirs:
     retry: Job
     dataset_id: str
     document_id: str
+    batch_job_id: str
 
 
 Call = Callable[[PostgresTransaction, Theirs], Awaitable[object]]
@@ -89,6 +91,8 @@ CALLS: dict[str, Call] = {
     "jobs.find_reindex": lambda mine, theirs: mine.jobs.find_reindex(theirs.rag.model_id),
     "jobs.find_retry": lambda mine, theirs: mine.jobs.find_retry(theirs.failed.job_id),
     "jobs.find_queued": lambda mine, theirs: mine.jobs.find_queued(theirs.waiting.model_id, theirs.waiting.spec),
+    "jobs.get_result": lambda mine, theirs: mine.jobs.get_result(theirs.batch_job_id),
+    "jobs.list_result_paths": lambda mine, theirs: mine.jobs.list_result_paths(theirs.tuned.model_id),
     "jobs.resume": lambda mine, theirs: mine.jobs.resume(theirs.waiting.job_id),
     "jobs.insert": lambda mine, theirs: mine.jobs.insert(make_job(theirs.tuned)),
     "datasets.get": lambda mine, theirs: mine.datasets.get(theirs.dataset_id),
@@ -126,16 +130,19 @@ async def _prepare(database: PostgresDatabase, queue: PostgresJobQueue) -> Their
     lease = await start_job(database, queue)
     await queue.append(lease, [make_step(1), make_evaluation(1, 2.0)])
     await finish_job(queue, lease)
+    job = await read_job(database, lease.job_id)
+    tuned = await read_model(database, job.model_id)
+    batch = await start_job(database, queue, job=make_batch(dataset, tuned))
+    await finish_job(queue, batch)
     failed, retry = await add_retry(database, queue)
     waiting = await add_job(database, dataset=dataset)
     await add_job(database, job=replace(make_job(rag), spec=IndexSpec("e", Chunking(), 2, is_reindex=True)))
     async with database.transaction(ORGANIZATION) as transaction:
         await transaction.requests.insert("Create", "r1", REQUEST)
-    job = await read_job(database, lease.job_id)
-    tuned = await read_model(database, job.model_id)
     async with database.transaction(ORGANIZATION) as transaction:
         await transaction.jobs.insert(make_export(tuned))
-    return Theirs(tuned, await read_model(database, rag.model_id), job, waiting, failed, retry, dataset.dataset_id, document_id)
+    rag = await read_model(database, rag.model_id)
+    return Theirs(tuned, rag, job, waiting, failed, retry, dataset.dataset_id, document_id, batch.job_id)
 
 
 def test_every_method_of_every_repository_is_tested_here() -> None:
