@@ -19,10 +19,10 @@ from server.datafiles.tokens import TokenizedRecords
 from server.domain.orders import DatasetFile
 from server.services.codec import Codec
 
-VERSION = 1  # raised whenever the same records would give other tokens or findings
+VERSION = 2  # raised whenever the same records would give other tokens or findings
 _REPORT = Codec[Report](Report)
 _HASH_BYTES = 32
-_PARTS = (("ids", np.int32), ("weights", np.float32), ("starts", np.int64))
+_PARTS = (("ids", np.int32), ("weights", np.float32), ("starts", np.int64), ("lines", np.int32))
 
 
 class TokenCache:

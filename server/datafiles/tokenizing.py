@@ -78,7 +78,7 @@ def tokenize_file(path: Path, file: DatasetFile, preparation: Preparation, progr
         for prepared in preparation.prepare(batch):
             report.add(prepared)
             for sequence in prepared.sequences:
-                records.append(sequence.token_ids, sequence.weights)
+                records.append(sequence.token_ids, sequence.weights, prepared.line)
         read += len(batch)
         progress(read, records.token_count)
     return records, report

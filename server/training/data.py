@@ -209,7 +209,7 @@ def sum_lengths(reports: Sequence[Report]) -> Report:
 
 
 def find_overlap(train: TokenizedRecords, held_out: TokenizedRecords) -> list[Finding]:
-    """Say how many held-out records are trained as well, token by token: their loss shows what was learnt by heart."""
+    """Say how many held-out records are trained as well, token by token, and name the first: their loss shows what was learnt by heart."""
     if not len(held_out):
         return []
 
@@ -218,9 +218,9 @@ def find_overlap(train: TokenizedRecords, held_out: TokenizedRecords) -> list[Fi
 
     evaluated = {hash(digest(held_out, record)) for record in range(len(held_out))}
     trained = evaluated & {hash(digest(train, record)) for record in range(len(train))}
-    count = sum(hash(digest(held_out, record)) in trained for record in range(len(held_out)))
+    lines = [held_out.line_of(record) for record in range(len(held_out)) if hash(digest(held_out, record)) in trained]
     message = "Records that are held out for evaluation are trained as well: their loss says little about new data."
-    return [Finding(None, "TRAIN_EVAL_OVERLAP", message, Severity.WARNING, count=count)] if count else []
+    return [Finding(min(lines), "TRAIN_EVAL_OVERLAP", message, Severity.WARNING, count=len(lines))] if lines else []
 
 
 def refuse(reports: Sequence[Report], rules: Rules) -> None:

@@ -130,10 +130,12 @@ def test_pairs_give_two_sequences_and_are_for_preference_objectives_only(read: R
             read(list(records), objective=objective)
 
 
-def test_records_that_are_trained_and_evaluated_are_counted(read: Read) -> None:
-    _, events = read(list(make_records(4)), evaluation=[*make_records(1), {"prompt": "new", "completion": "one"}])
-    (found,) = [finding for finding in checked(events).findings if finding.code == "TRAIN_EVAL_OVERLAP"]
-    assert found.count == 1
+def test_records_that_are_trained_and_evaluated_are_counted_and_the_first_is_named(read: Read, tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path / "cache", 1 << 30)
+    for is_cached in (False, True):
+        _, events = read(list(make_records(4)), evaluation=[{"prompt": "new", "completion": "one"}, *make_records(1)], cache=cache)
+        (found,) = [finding for finding in checked(events).findings if finding.code == "TRAIN_EVAL_OVERLAP"]
+        assert (found.line, found.count, checked(events).cached) == (2, 1, is_cached)
     _, events = read(list(make_records(1)) * 8, eval_fraction=0.25)
     assert [finding.count for finding in checked(events).findings if finding.code == "TRAIN_EVAL_OVERLAP"] == [2]
 
