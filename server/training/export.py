@@ -30,13 +30,14 @@ from server.domain.techniques import Quantization
 from server.storage.artefacts import MANIFEST_NAME, Artefact, ArtefactInvalid, ArtefactStore, Described, DiskFull
 from server.training.artefact import SPACE_RESERVE_BYTES, WEIGHTS_NAME, describe_libraries
 from server.training.card import CARD_FACTS, CARD_NAME, CardForm, write_model_card
-from server.training.mergecheck import MergeCheck, compare, round_weights, take_logits
+from server.training.mergecheck import MergeCheck, compare, rounded_weights, take_logits
 from server.training.signals import Stopped, check_stop
 from server.training.techniques.prompts import ENCODER_NAME
 
 # What a version holds beside its tokenizer.
 ADAPTER_FILES = frozenset({"adapter_config.json", WEIGHTS_NAME, ENCODER_NAME, CARD_NAME, MANIFEST_NAME})
-EXPORTED_DTYPE = torch.bfloat16
+# The type of merged weights, and the one instead where rounding to it would lose too much of the adapter.
+EXPORTED_DTYPE, WIDE_DTYPE = torch.bfloat16, torch.float32
 MAX_SHARD_SIZE = "5GB"
 # A merge holds the weights as float32, once, and little beside them.
 MERGE_BYTES_PER_PARAMETER, MEMORY_RESERVE_BYTES = 4, 256 << 20
@@ -103,14 +104,16 @@ def _export_merged(
     check_stop(signals)
     merged, check = _merge(_load_base(base.directory, version, parameters), version, _list_probes(version, tokenizer))
     check.require_exactness()
+    dtype = EXPORTED_DTYPE if check.keeps_rounded else WIDE_DTYPE
+    store.require_space(parameters * dtype.itemsize + SPACE_RESERVE_BYTES)
     check_stop(signals)
     emit(Finalizing())
 
     def fill(directory: Path) -> Mapping[str, Described]:
-        _write_model(merged, tokenizer, version, directory)
+        _write_model(merged.to(dtype), tokenizer, version, directory)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers
         _copy_files(version, directory, leave_out=ADAPTER_FILES)
         _write_card(version, directory, CardForm.MERGED, check.metrics)
-        return _describe_files(order, version)
+        return {**_describe_files(order, version), "weights_dtype": str(dtype).removeprefix("torch.")}
 
     return store.write(order.artifact_path, fill), check
 
@@ -136,6 +139,7 @@ def _load_base(directory: Path, version: Artefact, parameters: int) -> PreTraine
 
 def _merge(model: PreTrainedModel, version: Artefact, probes: Sequence[Sequence[int]]) -> tuple[PreTrainedModel, MergeCheck]:
     """Merge, and compare the logits in float32 and with rounded weights to those of the adapter beside its base."""
+    plain = take_logits(model, probes)
     try:
         adapted = attach_adapter(model, version.directory)
         expected = take_logits(adapted, probes)
@@ -143,9 +147,9 @@ def _merge(model: PreTrainedModel, version: Artefact, probes: Sequence[Sequence[
     except FailedPrecondition as error:
         raise JobFailure(FailureReason.ARTIFACT_INVALID, str(error), "Export the version as ADAPTER.") from error
     exact = compare(take_logits(merged, probes), expected)
-    round_weights(merged, EXPORTED_DTYPE)
-    rounded = compare(take_logits(merged, probes), expected)
-    return merged, MergeCheck(exact, rounded, spread=float(expected.std()))
+    with rounded_weights(merged, EXPORTED_DTYPE):
+        rounded = compare(take_logits(merged, probes), expected)
+    return merged, MergeCheck(exact, rounded, effect=compare(plain, expected), spread=float(expected.std()))
 
 
 def _list_probes(version: Artefact, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -155,7 +159,7 @@ def _list_probes(version: Artefact, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, version: Artefact, directory: Path) -> None:
-    """Write weights in bf16, configuration, and a generation configuration that ends answers where training ended them."""
+    """Write weights, configuration, and a generation configuration that ends answers where training ended them."""
     stops = cast(list[int], version.description.get("stop_token_ids") or [])
     settings = model.generation_config
     assert settings is not None
@@ -164,7 +168,6 @@ def _write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ver
     if not settings.do_sample and any(getattr(settings, name, None) is not None for name in ("temperature", "top_p", "top_k", "min_p")):
         # Published files set these without saying do_sample; transformers reads such a file, and refuses to write it.
         settings.do_sample = True
-    model.to(EXPORTED_DTYPE)  # type: ignore[arg-type]  # transformers types `to` for its own wrappers only
     model.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
 
 

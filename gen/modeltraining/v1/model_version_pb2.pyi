@@ -68,7 +68,9 @@ class ModelVersion(_message.Message):
         EXPORT_FORMAT_ADAPTER: ModelVersion._ExportFormat.ValueType  # 1
         """The adapter alone, as peft reads it."""
         EXPORT_FORMAT_MERGED: ModelVersion._ExportFormat.ValueType  # 2
-        """A whole model, the adapter merged into the base that it was trained on, as transformers reads it."""
+        """A whole model, the adapter merged into the base that it was trained on, as transformers reads it.
+        In bfloat16; in float32 where rounding would lose more than a fifth of what the adapter does.
+        """
 
     class ExportFormat(_ExportFormat, metaclass=_ExportFormatEnumTypeWrapper):
         """What a version can be exported as."""
@@ -78,7 +80,9 @@ class ModelVersion(_message.Message):
     EXPORT_FORMAT_ADAPTER: ModelVersion.ExportFormat.ValueType  # 1
     """The adapter alone, as peft reads it."""
     EXPORT_FORMAT_MERGED: ModelVersion.ExportFormat.ValueType  # 2
-    """A whole model, the adapter merged into the base that it was trained on, as transformers reads it."""
+    """A whole model, the adapter merged into the base that it was trained on, as transformers reads it.
+    In bfloat16; in float32 where rounding would lose more than a fifth of what the adapter does.
+    """
 
     @_typing.final
     class Export(_message.Message):
