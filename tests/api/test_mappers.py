@@ -68,6 +68,7 @@ from server.domain.generation import FinishReason, GenerationParameters, History
 from server.domain.jobs import BatchCounters, IndexCounters, JobKind, JobState
 from server.domain.models import ModelState, ModelType
 from server.domain.record_forms import parse_record
+from server.domain.records import RecordInvalid
 from server.domain.retrieval import (
     Chunking,
     MetadataCondition,
@@ -321,6 +322,15 @@ def test_inline_records_are_the_lines_of_a_dataset() -> None:
     assert json.loads(models.record_to_line(message_pb2.TrainingRecord(prompt=""))) == {"prompt": ""}
     others = [message_pb2.TrainingRecord(text="a b"), message_pb2.TrainingRecord(prompt="a", chosen="b", rejected="c")]
     assert [parse_record(models.record_to_line(record)).kind for record in others] == [RecordKind.TEXT, RecordKind.PREFERENCE]
+
+
+def test_the_tools_of_an_inline_record_are_those_of_a_dataset() -> None:
+    turns = [message_pb2.Message(role="user", content="a"), message_pb2.Message(role="assistant", content="b")]
+    tools = ['{"type": "function", "function": {"name": "look_up"}}', '{"type": "function", "function": {"name": "count"}}']
+    record = parse_record(models.record_to_line(message_pb2.TrainingRecord(messages=turns, tools=tools)))
+    assert [json.loads(tool)["function"]["name"] for tool in record.tools] == ["look_up", "count"]
+    with pytest.raises(RecordInvalid, match="tools"):
+        parse_record(models.record_to_line(message_pb2.TrainingRecord(messages=turns, tools=["look_up"])))
 
 
 def test_an_index_tells_its_space_and_how_similar_unrelated_texts_are_in_it() -> None:

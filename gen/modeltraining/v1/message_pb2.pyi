@@ -103,6 +103,7 @@ class TrainingRecord(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
     REJECTED_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What the model is given. Unset: another shape is used."""
     completion: _builtins.str
@@ -117,6 +118,12 @@ class TrainingRecord(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """A conversation in the order it was held; at least one turn is the assistant's. Empty: another shape is used."""
 
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tools that the assistant may call, as the chat template shows them: each a JSON object as text, `{"type": "function", "function":
+        {"name": …, "description": …, "parameters": …}}`. Default none; a record of `text` has no use for them.
+        """
+
     def __init__(
         self,
         *,
@@ -126,10 +133,11 @@ class TrainingRecord(_message.Message):
         text: _builtins.str | None = ...,
         chosen: _builtins.str | None = ...,
         rejected: _builtins.str | None = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "_completion", b"_completion", "_prompt", b"_prompt", "_rejected", b"_rejected", "_text", b"_text", "chosen", b"chosen", "completion", b"completion", "prompt", b"prompt", "rejected", b"rejected", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "_completion", b"_completion", "_prompt", b"_prompt", "_rejected", b"_rejected", "_text", b"_text", "chosen", b"chosen", "completion", b"completion", "messages", b"messages", "prompt", b"prompt", "rejected", b"rejected", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chosen", b"_chosen", "_completion", b"_completion", "_prompt", b"_prompt", "_rejected", b"_rejected", "_text", b"_text", "chosen", b"chosen", "completion", b"completion", "messages", b"messages", "prompt", b"prompt", "rejected", b"rejected", "text", b"text", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chosen: _TypeAlias = _typing.Literal["chosen"]  # noqa: Y015
     _WhichOneofArgType__chosen: _TypeAlias = _typing.Literal["_chosen", b"_chosen"]  # noqa: Y015

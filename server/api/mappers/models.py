@@ -106,7 +106,9 @@ def record_to_line(record: message_pb2.TrainingRecord) -> bytes:
     content: dict[str, object] = {}
     if record.messages:
         content["messages"] = [_message_to_json(message) for message in record.messages]
-    content |= {field.name: value for field, value in record.ListFields() if field.name != "messages"}
+    if record.tools:
+        content["tools"] = f"[{','.join(record.tools)}]"  # a JSON text, checked with the rest of the record
+    content |= {field.name: value for field, value in record.ListFields() if field.name not in ("messages", "tools")}
     return json.dumps(content, ensure_ascii=False).encode()
 
 
