@@ -121,7 +121,10 @@ class Renderer:
             text = text[:start] + closed + text[end:]
             shift += len(closed) - (end - start)
             turns.append(MarkedTurn(start, start + len(closed), weight))
-        return MarkedText(text, tuple(turns), _find_dropped(messages, tools, text))
+        notes = _find_dropped(messages, text)
+        if tools and self._drops_tools(messages, tools, written, add_generation_prompt):
+            notes += (TOOLS_DROPPED,)
+        return MarkedText(text, tuple(turns), notes)
 
     def apply_template(self, messages: Sequence[Message], tools: Sequence[str] = (), add_generation_prompt: bool = False) -> str:
         """Write a conversation as the template does. Raises RenderingRefused."""
@@ -140,6 +143,11 @@ class Renderer:
                 f"The chat template of the base model refuses this conversation: {str(error)[:200]}", reason="TEMPLATE_REFUSES"
             ) from error
         return start + str(text)
+
+    def _drops_tools(self, messages: Sequence[Message], tools: Sequence[str], written: str, add_generation_prompt: bool) -> bool:
+        """Tell whether the template leaves a tool out. A short name may stand in the text by chance: without tools it must be another one."""
+        names_are_written = all(_name_tool(tool) in written for tool in tools)
+        return not names_are_written or self.apply_template(messages, (), add_generation_prompt) == written
 
     def _find_turn(
         self, messages: Sequence[Message], place: int, text: str, shift: int, tools: Sequence[str], whole: str | None
@@ -174,14 +182,11 @@ def _says(message: Message, text: str) -> bool:
     return message.content.strip() in text and all(call.name in text for call in message.tool_calls)
 
 
-def _find_dropped(messages: Sequence[Message], tools: Sequence[str], text: str) -> tuple[str, ...]:
-    """Find what the template leaves out of a conversation without a word."""
-    notes = []
+def _find_dropped(messages: Sequence[Message], text: str) -> tuple[str, ...]:
+    """Find what the template leaves out of a conversation's turns without a word."""
     if messages and messages[0].role == "system" and messages[0].content.strip() not in text:
-        notes.append(SYSTEM_TURN_DROPPED)
-    if tools and not all(_name_tool(tool) in text for tool in tools):
-        notes.append(TOOLS_DROPPED)
-    return tuple(notes)
+        return (SYSTEM_TURN_DROPPED,)
+    return ()
 
 
 def _name_tool(tool: str) -> str:

@@ -65,10 +65,13 @@ def test_tools_calls_and_their_answers_go_through_the_template(tokenizer: PreTra
     assert tokenizer.decode(list(built.token_ids)) == built.text
 
 
-def test_a_template_that_drops_the_tools_refuses_them(tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("name", ["find_map", "a"])
+def test_a_template_that_drops_the_tools_refuses_them_though_their_name_stands_in_the_text(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
     tokenizer.chat_template = CHATML
     with pytest.raises(InvalidInput) as refused:
-        PromptBuilder(tokenizer).build(chat(talk(0), tools=(TOOL,)), CONTEXT_TOKENS)
+        PromptBuilder(tokenizer).build(chat(talk(0), tools=(TOOL.replace("find_map", name),)), CONTEXT_TOKENS)
     assert refused.value.reason == "TOOLS_NOT_SUPPORTED"
 
 
