@@ -51,7 +51,7 @@ class InferenceService:
 
     async def render(self, organization: str, request: Generate, request_id: str) -> Rendering:
         """Give what the model would be given. Raises InvalidInput, NotFound, FailedPrecondition, ResourceExhausted, Unavailable."""
-        _check(request)
+        _check(request, parameters_field="")
         model = await self._references.resolve(organization, request.model_id, request.version)
         return Rendering(model, await self._engine.render(_make_request(request_id, model, request)))
 
@@ -78,7 +78,7 @@ def _make_request(request_id: str, model: ModelReference, request: Generate) -> 
     )
 
 
-def _check(request: Generate) -> None:
+def _check(request: Generate, parameters_field: str = "parameters.") -> None:
     found = Violations()
     if not request.model_id:
         found.add("model_id", "is required")
@@ -90,5 +90,5 @@ def _check(request: Generate) -> None:
         found.text("prompt", request.prompt, MAX_PROMPT_CHARACTERS, least=1)
     check_messages(found, request.messages)
     check_tools(found, request.tools, has_messages=bool(request.messages))
-    check_generation(found, request.parameters)
+    check_generation(found, request.parameters, parameters_field)
     found.raise_if_any()

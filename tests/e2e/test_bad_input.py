@@ -122,6 +122,7 @@ CASES = [
     rag(("chunking.max_tokens",), chunking={"max_tokens": 10**6}), rag(("chunking.overlap_tokens",), chunking={"overlap_tokens": -1}),
     sample("max_tokens", 10**9), sample("max_tokens", 0), sample("temperature", -1), sample("temperature", "NaN"), sample("top_p", 1.5),
     sample("top_k", -1), sample("repetition_penalty", 0), sample("logprobs", 10**6), ask(("version",), version=-1),
+    Case("InferenceService/RenderPrompt", {**ASK, "max_tokens": 0}, fields=("max_tokens",)),
     Case("TrainingService/ListTrainingJobs", {"page_size": 10**6}, fields=("page_size",)),
     Case("ModelService/ListModels", {"page_token": "rubbish"}, fields=("page_token",)),
     Case("TrainingService/ListTrainingJobAttempts", {"job_id": NO_JOB, "page_size": 0}, fields=("page_size",)),
