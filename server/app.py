@@ -260,7 +260,7 @@ def _route_engines(
                 settings.vllm_python, settings.vllm_arguments or (), settings.engine_socket.parent,
                 lambda command: leash_command(command, signal.SIGTERM), max_requests, silence_seconds,
             )  # fmt: skip
-            return VllmEngine(source, store, options)
+            return VllmEngine(source, store, options, embedded.memory)
         connection = Connection(name, api_key=settings.engine_api_key, silence_seconds=silence_seconds)
         dialect = Dialect(settings.engine_dialect) if settings.engine_dialect else None
         return OpenAIEngine(connection, Voices(source, store), max_requests=max_requests, dialect=dialect)

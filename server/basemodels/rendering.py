@@ -145,7 +145,7 @@ class Renderer:
         return start + str(text)
 
     def _drops_tools(self, messages: Sequence[Message], tools: Sequence[str], written: str, add_generation_prompt: bool) -> bool:
-        """Tell whether the template leaves a tool out. A short name may stand in the text by chance: without tools it must be another one."""
+        """Tell whether the template leaves a tool out. A name may stand in the text by chance: without tools it must be another text."""
         names_are_written = all(_name_tool(tool) in written for tool in tools)
         return not names_are_written or self.apply_template(messages, (), add_generation_prompt) == written
 

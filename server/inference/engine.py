@@ -15,13 +15,11 @@ from server.domain.generation import EmbedRole, GenerationRequest, ModelReferenc
 from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
+from server.inference.memory import MemoryBudget
 from server.inference.passingthread import PassingThread
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
 from server.inference.stepping import Mailbox, Stepper
-
-# How often idle models are looked for, as a share of the time after which they are unloaded.
-SWEEP_SHARE = 0.25
 
 
 class Reranker(Protocol):
@@ -44,7 +42,8 @@ class Previewer(Protocol):
 class EmbeddedEngine:
     """Implements the Engine port. All methods belong to one event loop; `start` first, `stop` last.
 
-    Weights that nobody used for `idle_seconds` are unloaded; None: only where others need the memory.
+    Weights that nobody used for `idle_seconds` are unloaded; None: only where others need the memory. Other engines of this machine
+    may join `memory`.
     """
 
     def __init__(
@@ -60,11 +59,9 @@ class EmbeddedEngine:
         idle_seconds: float | None = None,
     ) -> None:
         self._stepper = Stepper()
-        self._residents = Residents(
-            self._stepper, base_models=base_models, versions=versions, options=options, max_model_bytes=max_model_bytes
-        )
+        self.memory = MemoryBudget(max_model_bytes, idle_seconds)
+        self._residents = Residents(self._stepper, base_models=base_models, versions=versions, options=options, memory=self.memory)
         self._instance, self._numbers = secrets.token_hex(8), itertools.count()
-        self._idle_seconds = idle_seconds
         self._sweeper: asyncio.Task[None] | None = None
         self._embedding = EmbeddingLanes(embedder) if embedder is not None else None
         self._reranker, self._reranking = reranker, PassingThread("engine-reranks")
@@ -73,8 +70,7 @@ class EmbeddedEngine:
     def start(self) -> None:
         """Start computing."""
         self._stepper.start()
-        if self._idle_seconds is not None:
-            self._sweeper = asyncio.get_running_loop().create_task(self._sweep(self._idle_seconds))
+        self._sweeper = asyncio.get_running_loop().create_task(self.memory.sweep())
 
     async def stop(self) -> None:
         """End: requests that still run fail as Unavailable."""
@@ -168,8 +164,3 @@ class EmbeddedEngine:
     async def describe(self) -> EngineStatus:
         """Tell what is loaded and how busy it is."""
         return EngineStatus(self._instance, self._residents.describe(), self._residents.list_quarantined())
-
-    async def _sweep(self, idle_seconds: float) -> None:
-        while True:
-            await asyncio.sleep(idle_seconds * SWEEP_SHARE)
-            await self._residents.unload_idle(idle_seconds)

@@ -1,6 +1,6 @@
-"""Who is in memory: models and adapters are loaded on first use, stay while somebody uses them, and leave by last use.
+"""Who is in memory: models and adapters are loaded on first use, stay while somebody uses them, and leave by last use (memory.py).
 
-One budget bounds all weights. A version whose files fail is quarantined: until it is looked at again only its own requests fail.
+A version whose files fail is quarantined: until it is looked at again only its own requests fail.
 Belongs to one event loop; loading itself happens in a thread.
 """
 
@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from server.basemodels.errors import BaseModelUnavailable
 from server.domain.engines import ModelStatus
-from server.domain.errors import ResourceExhausted
 from server.domain.generation import ModelReference
 from server.inference.library import (
     AdapterFiles,
@@ -27,6 +26,7 @@ from server.inference.library import (
     load_model,
     read_adapter,
 )
+from server.inference.memory import Holding, MemoryBudget
 from server.inference.passingthread import PassingThread
 from server.inference.plans import Addition, ServingPlan, VersionFiles, Weights, make_plan, name_version, plan_base
 from server.inference.quarantine import Quarantine
@@ -38,8 +38,6 @@ T = TypeVar("T")
 MAX_KEPT_ADAPTERS = 32
 # What was found out about versions: a few hundred bytes each.
 MAX_KEPT_PLANS = 4096
-# Memory comes free when the models in use end their answers; sooner than this a retry seldom finds any.
-BUSY_RETRY_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ class Use:
 
 
 class Residents:
-    """Models and adapters in memory. `stepper` steps their batches."""
+    """Models and adapters in memory. `stepper` steps their batches; the weights count against `memory`."""
 
     def __init__(
         self,
@@ -69,10 +67,11 @@ class Residents:
         base_models: BaseModelResolver,
         versions: VersionFiles,
         options: LoadingOptions,
-        max_model_bytes: int,
+        memory: MemoryBudget,
     ) -> None:
         self._stepper, self._base_models, self._versions = stepper, base_models, versions
-        self._options, self._max_model_bytes = options, max_model_bytes
+        self._options, self._memory = options, memory
+        memory.join(self)
         self._models: dict[Weights, LoadedModel] = {}
         self._plans: dict[str, ServingPlan] = {}
         self._revisions: dict[str, str] = {}  # of base models as they are: what their files were when they were looked at
@@ -131,12 +130,14 @@ class Residents:
             elif replace(weights, revision="") == Weights(model_id) and model.users == 0:
                 await self._unload(weights)
 
-    async def unload_idle(self, idle_seconds: float) -> None:
-        """Unload weights that nobody has used for so long and that are not pinned."""
-        for weights, model in list(self._models.items()):
-            if self._may_leave(weights) and time.monotonic() - model.last_use >= idle_seconds:
-                logger.info("unloading %s: idle for %.0f s", weights.base_model, time.monotonic() - model.last_use)
-                await self._unload(weights)
+    def list_holdings(self) -> Sequence[Holding]:
+        """Give all weights that are loaded."""
+        return [
+            Holding(
+                weights.base_model, model.decoder.weight_bytes, model.last_use, self._may_leave(weights), partial(self._unload, weights)
+            )
+            for weights, model in self._models.items()
+        ]
 
     def describe(self) -> Sequence[ModelStatus]:
         """Tell what is loaded and how busy it is."""
@@ -238,35 +239,12 @@ class Residents:
             self._forget_revision(plan.weights)  # the next request looks at the files again
             raise
         needed = await loop.run_in_executor(self._loader, files.measure_bytes, self._options)
-        await self._make_room(needed)
-        logger.info("loading %s, about %d MiB of weights", reference.base_model, needed >> 20)
-        model = await loop.run_in_executor(self._loader, load_model, files, plan, self._options)
-        await self._stepper.add(model.batch)
-        model.last_use = time.monotonic()
-        self._models[plan.weights] = model
-
-    async def _make_room(self, needed_bytes: int) -> None:
-        """Unload what was used longest ago and is idle, until what stays and what comes are within the budget.
-
-        Raises ResourceExhausted where that is not enough: for good, or while others are in use.
-        """
-        if needed_bytes > self._max_model_bytes:
-            raise ResourceExhausted(
-                f"The model needs {needed_bytes >> 20} MiB of memory; this engine may use {self._max_model_bytes >> 20} MiB for all.",
-                reason="MODEL_TOO_LARGE",
-            )
-        while self._count_bytes() + needed_bytes > self._max_model_bytes:
-            idle = [weights for weights in self._models if self._may_leave(weights)]
-            if not idle:
-                raise ResourceExhausted(
-                    f"The model needs {needed_bytes >> 20} MiB of memory, which the models in use take now.",
-                    reason="ENGINE_MEMORY_BUSY",
-                    retry_after_seconds=BUSY_RETRY_SECONDS,
-                )
-            await self._unload(min(idle, key=lambda weights: self._models[weights].last_use))
-
-    def _count_bytes(self) -> int:
-        return sum(model.decoder.weight_bytes for model in self._models.values())
+        async with self._memory.reserve(needed):
+            logger.info("loading %s, about %d MiB of weights", reference.base_model, needed >> 20)
+            model = await loop.run_in_executor(self._loader, load_model, files, plan, self._options)
+            await self._stepper.add(model.batch)
+            model.last_use = time.monotonic()
+            self._models[plan.weights] = model
 
     def _may_leave(self, weights: Weights) -> bool:
         return self._models[weights].users == 0 and weights not in self._pins.values()

@@ -33,15 +33,24 @@ def count_running(url: str) -> int:
     return int(float(found[1]))
 
 
-async def test_leaving_a_stream_ends_it_at_the_server(model: Path) -> None:
+async def wait_for_running(url: str, count: int) -> None:
+    async with asyncio.timeout(10):
+        while await asyncio.to_thread(count_running, url) != count:  # noqa: ASYNC110  # polled, as an operator would
+            await asyncio.sleep(0.05)
+
+
+async def test_leaving_a_stream_ends_it_at_the_server_and_no_other(model: Path) -> None:
     with start_vllm_server(model, "llama", model / "vllm.log", "--dtype", "float32", "--enforce-eager") as url:
         engine = OpenAIEngine(Connection(url), Voices(Directories({"llama": model}), ArtefactStore(model)), max_requests=8)
-        async with aclosing(engine.generate(ask("maps", max_tokens=16000))) as events:
-            await anext(events)
-            async with asyncio.timeout(10):
-                while not await asyncio.to_thread(count_running, url):  # noqa: ASYNC110  # polled, as an operator would
-                    await asyncio.sleep(0.05)
-        async with asyncio.timeout(5):
-            while await asyncio.to_thread(count_running, url):  # noqa: ASYNC110  # polled
-                await asyncio.sleep(0.05)
+        # Without its end token (1) the tiny model writes on for much longer than this test takes.
+        request = ask("maps", max_tokens=16000, logit_bias={1: -100.0})
+        async with aclosing(engine.generate(request)) as staying:
+            await anext(staying)
+            async with aclosing(engine.generate(request)) as leaving:
+                await anext(leaving)
+                await wait_for_running(url, 2)
+            await wait_for_running(url, 1)
+            assert (await engine.describe()).models[0].running_requests == 1
+            await anext(staying)
+        await wait_for_running(url, 0)
         await engine.stop()

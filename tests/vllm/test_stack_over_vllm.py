@@ -11,7 +11,9 @@ import pytest
 
 from server.basemodels.sources import BaseModelSource
 from tests.e2e.stack import Stack
+from tests.e2e.test_batch_generation import create_batch, download, upload
 from tests.inference.vllm_server import VARIABLES, VLLM_PYTHON, start_vllm_server
+from tests.integration.jobs import TrainingJobs
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUESTION, ANSWER = "Who keeps the lamp of Orvale?", "Mira Tolsen keeps it."
@@ -57,7 +59,20 @@ def check_answers(stack: Stack) -> str:
     assert ANSWER not in json.dumps(ask(stack, BASE, QUESTION)), "the base answers for itself beside it"
     embedded = post(stack, "/embeddings", {"embedding_model": "all-minilm-l6-v2", "texts": ["a lamp"], "role": "ROLE_QUERY"})
     assert embedded.json()["dimension"] == 384, "embedding stays here"
+    check_batch(stack, tuned)
     return tuned
+
+
+def check_batch(stack: Stack, tuned: str) -> None:
+    """See a dataset answered as a job, by the tuned model; a prompt over the context fails alone."""
+    too_long = {"messages": [{"role": "user", "content": "lamp " * 2000}]}
+    dataset = upload(stack, [*RECORDS, too_long, *RECORDS], record_kind="RECORD_KIND_PROMPT")
+    parameters = {"max_tokens": 24, "temperature": 0}
+    job_id = create_batch(stack, dataset["dataset_id"], tuned, parameters=parameters).json()["job_id"]
+    TrainingJobs(stack).wait_for_state(job_id, "STATE_SUCCEEDED")
+    lines = download(stack, job_id)
+    assert [line["error"] and line["error"]["reason"] for line in lines] == [None] * 5 + ["PROMPT_TOO_LONG"] + [None] * 5
+    assert {line["choices"][0]["text"] for line in lines if not line["error"]} == {ANSWER}
 
 
 @pytest.mark.timeout(900)

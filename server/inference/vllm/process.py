@@ -35,6 +35,7 @@ class VllmProcess:
         self._changed = asyncio.Condition()
         self.is_ready = False
         self.deaths = 0  # in a row, each after a short life
+        self.losses = 0  # all deaths: what the server held went with it each time
 
     def start(self) -> None:
         """Start it in the background."""
@@ -67,6 +68,7 @@ class VllmProcess:
             began = time.monotonic()
             await self._run()
             life = time.monotonic() - began
+            self.losses += 1
             await self._tell(is_ready=False, deaths=1 if life > GOOD_LIFE_SECONDS else self.deaths + 1)
             logger.error("vLLM for %s ended after %.0f s; it is started again in %.0f s", self._name, life, self._pause_seconds)
             await asyncio.sleep(self._pause_seconds)

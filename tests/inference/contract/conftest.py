@@ -16,6 +16,7 @@ import pytest
 
 from server.domain.generation import ModelReference
 from server.inference.client import EngineClient
+from server.inference.memory import MemoryBudget
 from server.inference.openai.connection import Connection
 from server.inference.openai.engine import OpenAIEngine
 from server.inference.openai.voices import Voices
@@ -117,7 +118,7 @@ async def vllm_engine(place: Place) -> AsyncIterator[VllmEngine]:
         Path(VLLM_PYTHON or "none"), ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"), place.storage,
         lambda command: leash_command(command, signal.SIGTERM), max_requests=64, silence_seconds=60,
     )  # fmt: skip
-    engine = VllmEngine(Directories({"llama": place.base}), ArtefactStore(place.storage), options)
+    engine = VllmEngine(Directories({"llama": place.base}), ArtefactStore(place.storage), options, MemoryBudget(1 << 40))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in VARIABLES.items():
             patch.setenv(name, value)

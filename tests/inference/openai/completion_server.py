@@ -111,8 +111,8 @@ class CompletionServer:
 
 
 @asynccontextmanager
-async def run_server(server: CompletionServer, port: int = 0) -> AsyncIterator[CompletionServer]:
-    """Serve on a port of this machine, a free one where none is named."""
+async def run_server(server: CompletionServer, port: int = 0, socket: str = "") -> AsyncIterator[CompletionServer]:
+    """Serve on a port of this machine, a free one where none is named, or on a unix socket."""
     application = web.Application()
     routes: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
         "completions": server.complete,
@@ -124,7 +124,7 @@ async def run_server(server: CompletionServer, port: int = 0) -> AsyncIterator[C
         application.router.add_post(f"/v1/{name}", handler)
     runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port)
+    site = web.UnixSite(runner, socket) if socket else web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     server.url = str(site.name)
     try:
