@@ -6,6 +6,9 @@ import pytest
 
 from tests.e2e.stack import Stack
 from tests.integration.jobs import TERMINAL, TrainingJobs
+from tests.integration.serving import place, serving
+
+__all__ = ["place", "serving"]
 
 
 @pytest.fixture
