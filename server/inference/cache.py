@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Cache
 
+# From Linux's mman-common.h; Python has it from 3.13 on.
+MAP_NORESERVE = 0x4000
 # A mask entry that hides a position. A finite minimum would do as well, but each query sees at least itself.
 HIDDEN = float("-inf")
 
@@ -82,8 +84,10 @@ class RowCache(Cache):
         self._row_bytes = shape.token_bytes * shape.tokens_per_row
         self._mapping: mmap.mmap | None = None
         if shape.device.type == "cpu" and sys.platform == "linux":
-            # Private: only then does MADV_DONTNEED drop pages, and zeros come back in their place.
-            self._mapping = mmap.mmap(-1, rows * self._row_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            # Private: only then does MADV_DONTNEED drop pages, and zeros come back in their place. Not reserved: whole rows may be more
+            # than the machine has (256 of SmolLM2: 48 GB), which the system would refuse, though admission bounds what is used of them.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            self._mapping = mmap.mmap(-1, rows * self._row_bytes, flags=flags)
             # Huge pages would take memory for whole rows at their first tokens. A kernel without them refuses, and needs it not.
             with contextlib.suppress(OSError):
                 self._mapping.madvise(mmap.MADV_NOHUGEPAGE)

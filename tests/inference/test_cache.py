@@ -47,6 +47,13 @@ def test_a_moved_row_has_the_same_tokens_and_a_cleared_one_none() -> None:
     assert not cache._pool[2].any()
 
 
+def test_rows_may_be_more_together_than_the_machine_has_memory() -> None:
+    rows = 2 * psutil.virtual_memory().total // (SHAPE.token_bytes * SHAPE.tokens_per_row)
+    cache = RowCache(SHAPE, rows)
+    keys, _ = write(cache, rows - 1, torch.arange(3).unsqueeze(0), 1.0)
+    assert keys.tolist() == torch.ones(1, 3, 3, 8).tolist()
+
+
 @pytest.mark.parametrize("everything", [True, False])
 def test_memory_follows_the_tokens_and_is_given_back(everything: bool) -> None:
     large = CacheShape(layers=8, key_value_heads=8, head_size=64, tokens_per_row=4096, dtype=torch.float32, device=torch.device("cpu"))
