@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 VLLM_BIN := .venv-vllm/bin
 VLLM_INSTALLED := .venv-vllm/installed
 
-.PHONY: demo test test-vllm up check generate lock benchmarks clean
+.PHONY: demo test test-vllm up check generate lock benchmarks benchmarks-vllm clean
 
 demo: $(INSTALLED)  ## Start the stack on free ports, fine-tune, ask, retrieve, stop.
 	$(BIN)/python -m examples.run_demo
@@ -34,6 +34,10 @@ generate: $(INSTALLED)  ## gen/ from proto/.
 benchmarks: $(INSTALLED)  ## Ours against the peer, in one run each.
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.serving --part streams --part adapters
+
+benchmarks-vllm: $(INSTALLED) $(VLLM_INSTALLED)  ## The service beside a real vLLM.
+	VLLM_PYTHON=$(CURDIR)/$(VLLM_BIN)/python $(BIN)/python -m benchmarks.serving --part vllm --part peers
 
 # One lock file: what is installed is what was tested. No dependency is resolved at install time (--no-deps): the lock is complete.
 $(INSTALLED): requirements.lock pyproject.toml
