@@ -24,7 +24,7 @@ from server.services.model_ports import BaseModels
 from server.services.ports import Database, Transaction
 from server.services.record_lengths import InlineRecords
 from server.services.requests import Created, CreateFineTunedModel
-from server.services.technique_checks import check_technique
+from server.services.technique_checks import check_objective, check_targets, check_technique
 from server.services.training_parameters import FineTuneDefaults, check_parameters, resolve_parameters
 from server.services.validation import Violations
 from server.services.warm_start import find_warm_start, hold_warm_start
@@ -117,6 +117,10 @@ class FineTuning:
             start = await find_warm_start(transaction, found, request.warm_start_from, base_model, technique)
             speeds = await transaction.jobs.list_speeds(SPEEDS_READ)
         found.raise_if_any()
+        check_objective(found, request.parameters.objective, _find_kind(dataset, request))
+        if shape := await asyncio.to_thread(self._base_models.read_shape, base_model):
+            check_targets(found, technique, shape)
+        found.raise_if_any()
         spec = replace(self._resolve(request, base_model, dataset, evaluation), warm_start_from=start)
         source = dataset or InlineRecords(request.inline_records)
         return _Plan(target, spec, await self._estimator.estimate(spec, source, speeds))
@@ -124,8 +128,7 @@ class FineTuning:
     def _resolve(self, request: CreateFineTunedModel, base_model: str, dataset: Dataset | None, evaluation: Dataset | None) -> FineTuneSpec:
         fraction = request.eval_fraction or 0.0
         technique = request.technique or LoraTechnique()
-        kind = dataset.record_kind if dataset else parse_record(request.inline_records[0]).kind
-        pairs = kind is RecordKind.PREFERENCE
+        pairs = _find_kind(dataset, request) is RecordKind.PREFERENCE
         records = dataset.record_count if dataset else len(request.inline_records)
         trained = max(1, records - math.floor(records * fraction))
         held_out = evaluation is not None or fraction > 0
@@ -138,6 +141,10 @@ class FineTuning:
             eval_dataset_id=evaluation.dataset_id if evaluation else None,
             eval_fraction=fraction,
         )
+
+
+def _find_kind(dataset: Dataset | None, request: CreateFineTunedModel) -> RecordKind:
+    return dataset.record_kind if dataset else parse_record(request.inline_records[0]).kind
 
 
 async def _read_created(transaction: Transaction, ids: Mapping[str, str]) -> Created:

@@ -2,8 +2,11 @@
 
 import math
 
-from server.domain.specs import ParametersRequest
+from server.domain.datasets import RecordKind
+from server.domain.shapes import ModelShape
+from server.domain.specs import Objective, ParametersRequest
 from server.domain.techniques import (
+    ALL_LINEAR,
     AdaLora,
     LoraInitialization,
     LoraTechnique,
@@ -21,6 +24,8 @@ MAX_RANK = 1_024
 MAX_TARGET_MODULES = 64
 MAX_VIRTUAL_TOKENS = 512
 MAX_INITIAL_TEXT_CHARACTERS = 10_000
+# Embeddings and output heads of the families: no part of a decoder layer's shape, and allowed as targets.
+OUTER_LAYERS = frozenset({"lm_head", "embed_out", "output", "embed_tokens", "word_embeddings", "wte"})
 
 
 def check_technique(found: Violations, technique: Technique, parameters: ParametersRequest) -> None:
@@ -45,6 +50,27 @@ def check_technique(found: Violations, technique: Technique, parameters: Paramet
             found.number("peft.vera.rank", technique.rank, 1, 4_096)
         case Oft():
             found.number("peft.oft.block_size", technique.block_size, 2, 1_024)
+
+
+def check_targets(found: Violations, technique: Technique, shape: ModelShape) -> None:
+    """Note every target module that the base model has no layer for. A target is a layer's name, or the end of its path."""
+    lora, path = (technique.lora, "qlora.lora") if isinstance(technique, QloraTechnique) else (technique, "lora")
+    if not isinstance(lora, LoraTechnique) or lora.target_modules == (ALL_LINEAR,) or not shape.linears:
+        return
+    names = [linear.name for linear in shape.linears]
+    for place, target in enumerate(lora.target_modules[:MAX_TARGET_MODULES]):
+        if target.rpartition(".")[2] not in OUTER_LAYERS.union(names):
+            found.add(
+                f"{path}.target_modules[{place}]", f"is no layer of the base model: choose of {', '.join(names)}, or {ALL_LINEAR} alone"
+            )
+
+
+def check_objective(found: Violations, objective: Objective | None, kind: RecordKind) -> None:
+    """Note an objective that cannot learn from records of this kind."""
+    if objective is None or kind is RecordKind.MIXED or objective.needs_pairs == (kind is RecordKind.PREFERENCE):
+        return
+    wanted = "preference pairs (prompt, chosen, rejected)" if objective.needs_pairs else "answers, not preference pairs"
+    found.add("parameters.objective", f"{objective} learns from {wanted}; the records are of kind {kind}")
 
 
 def _check_lora(found: Violations, technique: LoraTechnique, path: str, *, quantized: bool) -> None:

@@ -12,7 +12,7 @@ from server.domain.jobs import JobState
 from server.domain.models import ModelState
 from server.domain.retrieval import Rerank, RetrievalOverrides
 from server.domain.specs import FineTuneSpec, IndexSpec, Objective, ParametersRequest
-from server.domain.techniques import LoraTechnique
+from server.domain.techniques import LoraTechnique, QloraTechnique
 from server.services.ports import JobFilter, ModelFilter
 from server.services.requests import AddDocuments, CreateRagModel, ListJobs, ListModels, PageRequest, UpdateModel
 from tests.services.conftest import BASE_MODEL, EMBEDDING_MODEL, GOOD_LINE, ORGANIZATION, UseCases, fine_tune
@@ -70,6 +70,25 @@ async def test_a_bad_inline_record_is_named_by_its_place(use_cases: UseCases) ->
     with pytest.raises(InvalidInput) as refusal:
         await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(inline_records=[GOOD_LINE, b'{"messages": []}']))
     assert fields_of(refusal.value) == ["inline_records[1]"]
+
+
+async def test_layers_that_the_base_model_has_not_are_named(use_cases: UseCases) -> None:
+    asked = QloraTechnique(LoraTechnique(target_modules=("q_proj", "model.layers.0.mlp.up_proj", "lm_head", "r_proj")))
+    with pytest.raises(InvalidInput, match=r"choose of q_proj, k_proj, .*all-linear") as refusal:
+        await use_cases.models.create_fine_tuned_model(ORGANIZATION, fine_tune(technique=asked, **INLINE))
+    assert fields_of(refusal.value) == ["qlora.lora.target_modules[3]"]
+
+
+PAIR = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize(("objective", "line"), [(Objective.DPO, GOOD_LINE), (Objective.ORPO, GOOD_LINE), (Objective.SUPERVISED, PAIR)])
+async def test_an_objective_that_cannot_learn_from_the_records_is_refused(use_cases: UseCases, objective: Objective, line: bytes) -> None:
+    with pytest.raises(InvalidInput, match=f"{objective} learns from .*; the records are of kind") as refusal:
+        await use_cases.models.create_fine_tuned_model(
+            ORGANIZATION, fine_tune(inline_records=[line], parameters=ParametersRequest(objective=objective))
+        )
+    assert fields_of(refusal.value) == ["parameters.objective"]
 
 
 async def test_a_rag_model_embeds_in_the_numbers_that_it_was_made_with(use_cases: UseCases) -> None:

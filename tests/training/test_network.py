@@ -211,3 +211,5 @@ def test_layers_that_do_not_exist_are_a_failure_with_advice(tmp_path: Path) -> N
     model = load_causal_model(build_tiny_causal_model(tmp_path / "llama"), dtype=torch.float32)
     with pytest.raises(JobFailure, match="no linear layers named no_such_layer"):
         apply_technique(model, LoraTechnique(target_modules=("no_such_layer",)), seed=0, total_steps=1)
+    with pytest.raises(JobFailure, match="no linear layers named r_proj"):  # which peft passes over beside one that exists
+        apply_technique(model, LoraTechnique(target_modules=("q_proj", "r_proj")), seed=0, total_steps=1)

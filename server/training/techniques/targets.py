@@ -1,5 +1,6 @@
 """Finds the layers that a technique works on by what they are, so that families without a table of names have them too."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -16,17 +17,28 @@ def choose_targets(targets: tuple[str, ...]) -> str | list[str]:
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, targets: tuple[str, ...] = (ALL_LINEAR,)) -> PeftModel:
-    """Freeze the model and put peft's method beside its layers. Raises JobFailure when the model has no such layers."""
+    """Freeze the model and put peft's method beside its layers. Raises JobFailure for a target that the model has no layer for.
+
+    peft itself passes over a name that fits nothing as long as another one does: half of what was asked would be trained.
+    """
+    names = [f".{name}" for name, _ in model.named_modules()]
+    lost = [target for target in targets if target != ALL_LINEAR and not any(name.endswith(f".{target}") for name in names)]
+    if lost:
+        raise _refuse(lost)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise JobFailure(
-            FailureReason.BASE_MODEL_UNAVAILABLE,
-            f"The base model has no linear layers named {', '.join(targets)[:200]}.",
-            "Set target_modules to all-linear, or to names of its linear layers.",
-        ) from error
+        raise _refuse(targets) from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def _refuse(targets: Sequence[str]) -> JobFailure:
+    return JobFailure(
+        FailureReason.BASE_MODEL_UNAVAILABLE,
+        f"The base model has no linear layers named {', '.join(targets)[:200]}.",
+        "Set target_modules to all-linear, or to names of its linear layers.",
+    )
 
 
 def list_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
