@@ -163,16 +163,20 @@ def test_a_foreign_module_of_a_sentence_transformers_directory_is_refused(source
     assert refuse(source, directory).reason == "REMOTE_CODE"
 
 
-@pytest.mark.parametrize("break_it", ["no config", "no weights", "broken config"])
-def test_a_directory_that_is_no_model_is_refused(source: BaseModelSource, models: Path, break_it: str) -> None:
+@pytest.mark.parametrize(
+    ("break_it", "why"),
+    [("no config", "has no config.json"), ("no weights", "has no safetensors weights"), ("broken config", "that is no JSON")],
+)
+def test_a_directory_that_is_no_model_is_refused_with_what_it_lacks(source: BaseModelSource, models: Path, break_it: str, why: str) -> None:
     directory = build_tiny_causal_model(models / "broken")
+    assert source.resolve(str(directory)).directory == directory, "it was a model before"
     if break_it == "no weights":
         (directory / "model.safetensors").unlink()
     else:
         (directory / "config.json").unlink()
     if break_it == "broken config":
         (directory / "config.json").write_text("{")
-    refuse(source, directory)
+    assert why in str(refuse(source, directory))
 
 
 def test_refusals_name_the_model_as_the_caller_did(source: BaseModelSource, models: Path) -> None:

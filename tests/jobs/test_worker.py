@@ -6,13 +6,14 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 
 from server.db.queue import PostgresJobQueue
 from server.domain.documents import DocumentState
 from server.domain.errors import ErrorData
-from server.domain.jobs import FailureReason, JobState
+from server.domain.jobs import FailureReason, Job, JobState
 from server.domain.models import ModelState
 from server.services.job_queue import ClaimLimits, Lease
 from server.services.ports import Page
@@ -141,9 +142,11 @@ async def test_a_job_is_cleared_up_though_its_lease_ends_with_it(stage: Stage) -
     job = await stage.add_job(Script(steps=5, failure="LOSS_NOT_FINITE"))
     async with stage.working(queue=_SlowToAnswer(stage.database)):
         await stage.wait_for_state(job, S.FAILED)
-        marks = stage.storage / "default/jobs" / job.job_id / "leftover"
-        marks.write_text("of the attempt")
-        await stage.wait_until(lambda: _is_gone(marks))
+        directory = stage.storage / "default/jobs" / job.job_id
+        (directory / "leftover").write_text("of the attempt")
+        await stage.wait_until(lambda: _is_gone(directory / "leftover"))
+    assert sorted(path.name for path in directory.iterdir()) == ["attempt-1.log", "checkpoint-5-1"], "to try again from"
+    assert (await stage.read_states(job))[-1] is S.FAILED, "it was nobody else's to end again"
 
 
 async def _is_gone(path: Path) -> bool:
@@ -199,10 +202,22 @@ async def test_a_worker_cut_off_from_the_database_stops_its_child_when_the_lease
     job = await stage.add_job(SLOW)
     async with stage.working(terms=SHORT):
         await stage.wait_for_step(job, 2)
+        first = stage.read_child_pids()
         # In a transaction that holds the table: heartbeats hang until they give up.
         async with await psycopg.AsyncConnection.connect(stage.database_url) as connection:
             await connection.execute("LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE")
+            assert psutil.pid_exists(first[0]), "it ends for the lease, not for the lock"
             await stage.wait_for_no_child()
+            assert stage.read_child_pids() == first, "no other one begins without a claim"
+        await stage.wait_until(lambda: _has_attempt(stage, job, 2))
+        await stage.wait_for_state(job, S.RUNNING)
+        assert stage.read_child_pids() != first
+    steps = await stage.read_steps(job)
+    assert steps == list(range(1, len(steps) + 1))
+
+
+async def _has_attempt(stage: Stage, job: Job, attempt: int) -> bool:
+    return (await stage.read(job)).attempt == attempt
 
 
 async def test_shutdown_puts_the_job_back_into_the_queue_and_the_next_worker_goes_on(stage: Stage) -> None:
