@@ -1,30 +1,26 @@
 """The job machine as a worker uses it, over all organizations. Time is the database's; a job's epoch fences every write."""
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
-from typing import Any
 
-from sqlalchemy import ColumnElement, Text, and_, cast, delete, exists, false, func, or_, select, union_all, update
+from sqlalchemy import ColumnElement, Text, cast, delete, func, select, union_all, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from server.db import settlement
+from server.db.claims import lease_end, take_job
 from server.db.database import PostgresDatabase
-from server.db.datasets import dataset_file_from_row
 from server.db.document_commits import DocumentKey, commit_document
-from server.db.document_tables import IndexKey, documents, rag_indexes, staged_documents
+from server.db.document_tables import IndexKey, documents, staged_documents
 from server.db.index_removal import remove_idle_indexes
-from server.db.jobs import PROGRESS, checkpoint_from_row, job_from_row, select_jobs
+from server.db.jobs import PROGRESS, checkpoint_from_row
 from server.db.locked_job import LockedJob, lease_lost
-from server.db.models import version_from_row
 from server.db.progress import record_payloads
 from server.db.rag_indexes import fix_dimension, fix_space
 from server.db.reindexing import DOCUMENTS_CHANGED, commit_reindexed, read_lacking, switch_index
 from server.db.staging import read_staged
 from server.db.tables import (
     IS_HELD,
-    IS_QUEUED,
-    IS_REINDEX,
     checkpoints,
     datasets,
     job_results,
@@ -35,23 +31,18 @@ from server.db.tables import (
 from server.domain.documents import DocumentReading
 from server.domain.errors import ErrorData
 from server.domain.events import CheckpointSaved, IndexProgress, LoggedPayload, ResultReady
-from server.domain.jobs import Checkpoint, FailureReason, IndexCounters, Job, JobKind, JobState, may_follow
-from server.domain.models import ModelVersion
+from server.domain.jobs import Checkpoint, FailureReason, IndexCounters, JobKind, JobState, may_follow
 from server.domain.orders import StagedDocument
 from server.domain.rag_indexes import MeasuredSpace
 from server.domain.retrieval import Chunk
-from server.domain.specs import BatchSpec, ExportSpec, FineTuneSpec, IndexSpec, VersionReference
+from server.domain.specs import IndexSpec
 from server.services.codec import Codec
 from server.services.job_queue import Claim, ClaimLimits, Lease
 
-CLAIM_LOCK = 0x6D74_636C  # "mtcl": claims come one after the other, so that each counts what the others hold
 MAX_REAPED = 100  # jobs in one transaction
 DOCUMENTS_PER_READ = 16
 _INDEX = Codec[IndexSpec](IndexSpec)
 _READING = DocumentReading()
-_INDEX_KINDS = frozenset({JobKind.RAG_INDEX})
-_BATCH_KINDS = frozenset({JobKind.BATCH_GENERATION})
-_TRAINING_KINDS = frozenset(JobKind) - _INDEX_KINDS - _BATCH_KINDS
 
 
 class PostgresJobQueue:
@@ -63,27 +54,11 @@ class PostgresJobQueue:
     async def claim(self, worker_id: str, limits: ClaimLimits, lease_seconds: float) -> Claim | None:
         """Take the oldest QUEUED job that the limits allow (SKIP LOCKED), raise its epoch, move it to STARTING."""
         async with self._database.begin() as connection:
-            if not await connection.scalar(select(exists().select_from(jobs).where(IS_QUEUED))):
-                return None
-            await connection.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
-            # A statement after the lock sees what the claims before us committed.
-            counted = select(jobs.c.kind, IS_REINDEX, func.count()).where(IS_HELD).group_by(jobs.c.kind, IS_REINDEX)
-            held = {(JobKind(kind), is_reindex): count for kind, is_reindex, count in await connection.execute(counted)}
-            query = select(jobs).where(IS_QUEUED, or_(false(), *_list_free(held, limits))).order_by(jobs.c.job_id).limit(1)
-            row = (await connection.execute(query.with_for_update(skip_locked=True))).one_or_none()
-            if row is None:
-                return None
-            job = LockedJob(connection, row)
-            job.move(JobState.STARTING)
-            now = func.clock_timestamp()
-            job.set(lease_epoch=row.lease_epoch + 1, worker_id=worker_id, lease_start_time=now, lease_end_time=_lease_end(lease_seconds))
-            job.set(start_time=func.coalesce(jobs.c.start_time, now))
-            await job.write()
-            return await _read_claim(connection, Lease(row.organization, row.job_id, row.lease_epoch + 1))
+            return await take_job(connection, worker_id, limits, lease_seconds)
 
     async def heartbeat(self, lease: Lease, lease_seconds: float) -> JobState:
         """Renew the lease and bring back the state that the api may have set: CANCELLING or PAUSING mean stop. Raises LeaseLost."""
-        renewed = update(jobs).where(*_held_under(lease)).values(lease_end_time=_lease_end(lease_seconds)).returning(jobs.c.state)
+        renewed = update(jobs).where(*_held_under(lease)).values(lease_end_time=lease_end(lease_seconds)).returning(jobs.c.state)
         async with self._database.begin() as connection:
             state = await connection.scalar(renewed)
         if state is None:
@@ -274,25 +249,6 @@ class PostgresJobQueue:
             return set(await connection.scalars(union_all(*named, writing, working)))
 
 
-def _list_free(held: Mapping[tuple[JobKind, bool], int], limits: ClaimLimits) -> list[ColumnElement[bool]]:
-    """Give conditions of the jobs for which there is room. What is added to models need not wait for an index that is built anew."""
-    free = []
-    rooms = (
-        (_TRAINING_KINDS, False, limits.training_jobs),
-        (_INDEX_KINDS, False, limits.index_jobs),
-        (_INDEX_KINDS, True, limits.index_jobs),
-        (_BATCH_KINDS, False, limits.batch_jobs),
-    )
-    for kinds, is_reindex, most in rooms:
-        if sum(held.get((kind, is_reindex), 0) for kind in kinds) < most:
-            free.append(and_(jobs.c.kind.in_(kinds), IS_REINDEX if is_reindex else ~IS_REINDEX))
-    return free
-
-
-def _lease_end(lease_seconds: float) -> ColumnElement[Any]:
-    return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, lease_seconds)
-
-
 def _held_under(lease: Lease) -> tuple[ColumnElement[bool], ...]:
     return jobs.c.organization == lease.organization, jobs.c.job_id == lease.job_id, jobs.c.lease_epoch == lease.epoch, IS_HELD
 
@@ -303,50 +259,6 @@ async def _lock(connection: AsyncConnection, lease: Lease) -> LockedJob:
     if row is None:
         raise lease_lost(lease.job_id)
     return LockedJob(connection, row)
-
-
-async def _read_claim(connection: AsyncConnection, lease: Lease) -> Claim:
-    own = (jobs.c.organization == lease.organization, jobs.c.job_id == lease.job_id)
-    row = (await connection.execute(select_jobs().where(*own))).one()
-    job = job_from_row(row)
-    of_job = (checkpoints.c.organization == lease.organization, checkpoints.c.job_id == lease.job_id)
-    kept = [checkpoint_from_row(each) for each in await connection.execute(select(checkpoints).where(*of_job))]
-    named = [each for each in (row.dataset_id, row.eval_dataset_id) if each is not None]
-    query = select(datasets).where(datasets.c.organization == lease.organization, datasets.c.dataset_id.in_(named))
-    files = {each.dataset_id: dataset_file_from_row(each) for each in await connection.execute(query)}
-    return Claim(
-        lease,
-        job,
-        max(kept, key=lambda checkpoint: checkpoint.step, default=None),
-        files.get(row.dataset_id),
-        files.get(row.eval_dataset_id),
-        next((checkpoint for checkpoint in kept if checkpoint.best), None),
-        await _read_version(connection, lease.organization, job),
-        await _read_calibrated(connection, lease.organization, job),
-        sorted(kept, key=lambda checkpoint: checkpoint.step),
-    )
-
-
-async def _read_calibrated(connection: AsyncConnection, organization: str, job: Job) -> str:
-    if not isinstance(job.spec, IndexSpec):
-        return ""
-    index = IndexKey(organization, job.model_id, job.spec.index_number)
-    query = select(rag_indexes.c.fingerprint).where(*index.rows_of(rag_indexes), rag_indexes.c.calibration.is_not(None))
-    return await connection.scalar(query) or ""
-
-
-async def _read_version(connection: AsyncConnection, organization: str, job: Job) -> ModelVersion | None:
-    """Read the version that an export writes, a batch is answered by or a warm start begins with; None where there is none, or no more."""
-    match job.spec:
-        case ExportSpec(version=int(version)) | BatchSpec(version=int(version)):
-            model_id = job.model_id
-        case FineTuneSpec(warm_start_from=VersionReference(model_id=model_id, version=int(version))):
-            pass
-        case _:
-            return None
-    of_model = (model_versions.c.organization == organization, model_versions.c.model_id == model_id)
-    row = (await connection.execute(select(model_versions).where(*of_model, model_versions.c.version == version))).one_or_none()
-    return version_from_row(row) if row else None
 
 
 async def _drop_checkpoints(connection: AsyncConnection, lease: Lease, keep: int) -> list[Checkpoint]:
