@@ -2,11 +2,15 @@
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Literal, Protocol, TypeVar
 
 from server.domain.errors import InvalidInput, ServiceError
-from server.services.requests import PageRequest
+from server.services.requests import AddDocuments, CreateBatchGeneration, CreateFineTunedModel, CreateRagModel, PageRequest
 from server.services.validation import Violations
+
+Creation = TypeVar("Creation", CreateFineTunedModel, CreateRagModel, AddDocuments, CreateBatchGeneration)
+Created = TypeVar("Created")
 
 
 class PagedRequest(Protocol):
@@ -34,6 +38,13 @@ async def refuse_all_bad(found: Violations, check: Callable[[], Awaitable[object
         except InvalidInput as error:
             add_violations(found, error)
     found.raise_if_any()
+
+
+async def create_or_refuse(wanted: Creation, found: Violations, create: Callable[[Creation], Awaitable[Created]]) -> Created:
+    """Create what is wanted. Raises InvalidInput with all bad fields at once: those of decoding, and those that a trial run finds."""
+    trial = replace(wanted, validate_only=True, request_id="")
+    await refuse_all_bad(found, lambda: create(trial))
+    return await create(wanted)
 
 
 def add_violations(found: Violations, error: InvalidInput) -> None:

@@ -3,7 +3,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
+from functools import partial
 
 from grpc import aio
 from modeltraining.v1 import inference_service_pb2 as pb
@@ -11,7 +11,7 @@ from modeltraining.v1 import training_job_pb2
 from modeltraining.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from server.api.calls import CURRENT_CALL
-from server.api.decoding import refuse_all_bad
+from server.api.decoding import create_or_refuse
 from server.api.mappers.embedding import embed_from_proto, embedded_to_proto
 from server.api.mappers.evaluation import evaluate_from_proto, evaluation_to_proto
 from server.api.mappers.generation import (
@@ -80,9 +80,7 @@ class InferenceServicer(InferenceServiceServicer):
         """Start to answer a dataset's records."""
         found = Violations()
         wanted = batch_from_proto(request, found)
-        trial = replace(wanted, validate_only=True, request_id="")
-        await refuse_all_bad(found, lambda: self._batches.create(self._organization, trial))
-        return job_to_proto(await self._batches.create(self._organization, wanted))
+        return job_to_proto(await create_or_refuse(wanted, found, partial(self._batches.create, self._organization)))
 
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: Context[pb.CountTokensRequest, pb.CountTokensResponse]

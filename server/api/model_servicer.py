@@ -4,7 +4,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
+from functools import partial
 
 from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.empty_pb2 import Empty
@@ -13,7 +13,7 @@ from modeltraining.v1 import document_pb2, estimate_pb2, model_pb2, model_versio
 from modeltraining.v1 import model_service_pb2 as pb
 from modeltraining.v1.model_service_pb2_grpc import ModelServiceServicer
 
-from server.api.decoding import page_from_proto, refuse_all_bad
+from server.api.decoding import create_or_refuse, page_from_proto, refuse_all_bad
 from server.api.mappers.catalogue import base_model_to_proto, embedding_model_to_proto
 from server.api.mappers.documents import (
     CONTENT_TYPES,
@@ -96,9 +96,9 @@ class ModelServicer(ModelServiceServicer):
         """Start a fine-tuning."""
         found = Violations()
         wanted = create_fine_tuned_from_proto(request, found)
-        trial = replace(wanted, validate_only=True, request_id="")
-        await refuse_all_bad(found, lambda: self._service.create_fine_tuned_model(self._organization, trial))
-        return fine_tuned_to_proto(await self._service.create_fine_tuned_model(self._organization, wanted))
+        return fine_tuned_to_proto(
+            await create_or_refuse(wanted, found, partial(self._service.create_fine_tuned_model, self._organization))
+        )
 
     async def EstimateFineTune(
         self, request: pb.EstimateFineTuneRequest, context: Context[pb.EstimateFineTuneRequest, estimate_pb2.Estimate]
@@ -175,9 +175,7 @@ class ModelServicer(ModelServiceServicer):
         """Make a RAG model."""
         found = Violations()
         wanted = create_rag_from_proto(request, found)
-        trial = replace(wanted, validate_only=True, request_id="")
-        await refuse_all_bad(found, lambda: self._service.create_rag_model(self._organization, trial))
-        return rag_created_to_proto(await self._service.create_rag_model(self._organization, wanted))
+        return rag_created_to_proto(await create_or_refuse(wanted, found, partial(self._service.create_rag_model, self._organization)))
 
     async def ReindexModel(
         self, request: pb.ReindexModelRequest, context: Context[pb.ReindexModelRequest, pb.ReindexModelResponse]
@@ -227,9 +225,7 @@ class ModelServicer(ModelServiceServicer):
         """Add documents to a RAG model."""
         found = Violations()
         wanted = add_documents_from_proto(request, found)
-        trial = replace(wanted, validate_only=True, request_id="")
-        await refuse_all_bad(found, lambda: self._service.documents.add(self._organization, trial))
-        documents, job = await self._service.documents.add(self._organization, wanted)
+        documents, job = await create_or_refuse(wanted, found, partial(self._service.documents.add, self._organization))
         added = [document_to_proto(document) for document in documents]
         return pb.AddDocumentsResponse(documents=added, training_job=job_to_proto(job) if job else None)
 
