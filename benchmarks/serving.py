@@ -93,12 +93,12 @@ class Bench:
 
 def measure_vllm(bench: Bench) -> None:
     """Measure the engine `vllm` through gRPC, after vLLM by itself."""
-    settings = {**VLLM_SETTINGS, "model": str(bench.model)}
-    tokens = bench.options.prompt_tokens
+    settings = {**VLLM_SETTINGS, "model": str(bench.model), "enable_lora": bench.options.lora}
+    tokens, arguments = bench.options.prompt_tokens, VLLM_ARGUMENTS + ("" if bench.options.lora else " --no-enable-lora")
     offline = bench.ask_peer({"kind": "offline", "settings": settings, "runs": [_make_run(bench, "base", [None] * STREAMS)]})["base"]
     prompts = [bench.make_ids(tokens) for _ in range(ALONE)]
     direct = bench.ask_peer({"kind": "first", "settings": settings, "new_tokens": FEW_TOKENS, "prompts": prompts})
-    variables = {"ENGINE": "vllm", "VLLM_ARGUMENTS": VLLM_ARGUMENTS, **VLLM_VARIABLES}
+    variables = {"ENGINE": "vllm", "VLLM_ARGUMENTS": arguments, **VLLM_VARIABLES}
     with run_service(bench.directory, bench.cache, BASE_MODEL, variables) as service:
         bench.run(service, [BASE_MODEL] * STREAMS, STREAMS, tokens, 8)
         before = service.measure("api")
@@ -136,14 +136,14 @@ def measure_peers(bench: Bench) -> None:
 
 
 def measure_streams(bench: Bench) -> None:
-    """Measure the embedded engine with more and more streams at once."""
+    """Measure the embedded engine with more and more streams at once, and as few as 16 requests."""
     options = bench.options
     with run_service(bench.directory, bench.cache, BASE_MODEL, LIMITS) as service:
         bench.run(service, [BASE_MODEL] * STREAMS, STREAMS, options.prompt_tokens, 2)
         print("streams   tokens/s   first token p50   p99 ms   between tokens p50   p99 ms   api us/token   engine's peak MiB")
         for count in options.streams:
             before = service.measure("api").processor_seconds
-            ours = bench.run(service, [BASE_MODEL] * count, count, options.prompt_tokens, options.new_tokens)
+            ours = bench.run(service, [BASE_MODEL] * max(count, STREAMS), count, options.prompt_tokens, options.new_tokens)
             cost = (service.measure("api").processor_seconds - before) / ours.tokens * 1e6
             first, gap = f"{ours.first_ms(50):15.0f} {ours.first_ms(99):8.0f}", f"{ours.gap_ms(50):18.1f} {ours.gap_ms(99):8.1f}"
             print(f"{count:7} {ours.rate:10.1f} {first} {gap} {cost:14.0f} {service.measure('engine').peak_bytes >> 20:15}", flush=True)
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(".data/cache"), help="where converted weights are kept")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True, help="of the part vllm: whether it takes versions")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64, 256], help="of the part streams")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 32, 256, 1000], help="of the part adapters: versions")
     parser.add_argument("--requests", type=int, default=1000, help="of the part adapters")
