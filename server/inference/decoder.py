@@ -12,7 +12,7 @@ from server.inference.cache import CacheShape, RowCache, Step
 from server.inference.layers import fuse_layers, wrap_linears
 from server.inference.lora import AdapterPool
 from server.inference.precision import make_refiner
-from server.inference.projections import AdapterSelection
+from server.inference.selection import AdapterSelection
 from server.inference.stack import make_stack
 
 

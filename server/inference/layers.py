@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from server.inference.attention import attend
 from server.inference.cache import CacheShape, RowCache, Step
-from server.inference.projections import AdapterSelection, Projection
+from server.inference.projections import Projection
+from server.inference.selection import AdapterSelection
 
 # Classes whose layers are: norm, q/k/v (perhaps with norms on q and k), rotary on all of the head, attention, norm, gated MLP.
 FUSABLE_LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})

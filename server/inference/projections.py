@@ -1,6 +1,6 @@
 """Linear projections as the engine runs them: weights packed for the CPU, and low-rank adapters of several requests added in one batch.
 
-The pool of adapter ranks is shared by all projections; `lora.py` fills it from files.
+The pool of adapter ranks is shared by all projections; `lora.py` fills it, `selection.py` says which of its ranks a pass uses.
 """
 
 from collections.abc import Sequence
@@ -10,37 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-
-@dataclass
-class AdapterSelection:
-    """Which adapter ranks the rows of the current pass use, shared by all projections of a model.
-
-    `first` and `last` bound the ranks in use; `foreign` [rows, 1, last - first] marks those that are not the row's own, and is None
-    where all rows use all of them. Foreign ranks are overwritten with zero, not multiplied by it: an overflow in one adapter stays there.
-    """
-
-    first: int = 0
-    last: int = 0
-    foreign: torch.Tensor | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """True when every row runs on the bare base."""
-        return self.last == self.first
-
-    def choose(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """Set one range of ranks per row; an empty range is the bare base."""
-        used = [r for r in ranges if r[0] < r[1]]
-        if not used:
-            self.first, self.last, self.foreign = 0, 0, None
-            return
-        self.first, self.last = min(r[0] for r in used), max(r[1] for r in used)
-        if len(used) == len(ranges) and len(set(used)) == 1:
-            self.foreign = None
-            return
-        bounds = torch.tensor(ranges, device=device)
-        ranks = torch.arange(self.first, self.last, device=device)
-        self.foreign = ((ranks < bounds[:, :1]) | (ranks >= bounds[:, 1:])).unsqueeze(1)
+from server.inference.selection import AdapterSelection
 
 
 @dataclass
@@ -51,13 +21,22 @@ class RankPool:
     up: list[torch.Tensor] = field(default_factory=list)
 
 
+# Most numbers of a layout of ranks at one projection. Where parts share an input most of B is zeros, which larger models would feel.
+MAX_PACKED_NUMBERS = 2_000_000
+
+
+def is_packable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether oneDNN has a layout of its own for such weights here."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class PackedLinear:
     """y = x W' + b, with W laid out once for oneDNN's bf16 kernels where the processor has them; otherwise torch's own linear."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.bias = bias
         self.out_features, self.in_features = weight.shape
-        packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        packable = is_packable(weight.dtype, weight.device)
         self._packed: torch.Tensor | None = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if packable else None
         self._weight: torch.Tensor | None = None if packable else weight
 
@@ -65,6 +44,29 @@ class PackedLinear:
         if self._weight is not None:
             return functional.linear(x, self._weight, self.bias)
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return output
+
+
+class PackedRanks:
+    """Ranks [first, last) of a pool, laid out for oneDNN: (x A') B is two products for all adapters and parts together.
+
+    The inner columns are ordered by part, then by rank; B is block diagonal, [sum of the parts' out, parts x ranks].
+    """
+
+    def __init__(self, pool: RankPool, first: int, last: int, edition: int) -> None:
+        self.edition = edition
+        down = pool.down[first:last]
+        self._parts = down.shape[1]
+        self._down = PackedLinear(down.transpose(0, 1).flatten(0, 1), None)
+        up = torch.block_diag(*(up[first:last].T for up in pool.up))  # type: ignore[no-untyped-call]  # torch
+        self._up = torch.ops.mkldnn._reorder_linear_weight(up.contiguous())
+
+    def add(self, base: torch.Tensor, x: torch.Tensor, chosen: AdapterSelection) -> torch.Tensor:
+        """Give base + (x A') B, each row with its own ranks only."""
+        inner, foreign = self._down(x), chosen.mark_foreign(self._parts)
+        if foreign is not None:
+            inner.masked_fill_(foreign, 0)
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(inner, base, self._up, None, "add")
         return output
 
 
@@ -78,6 +80,7 @@ class Projection(nn.Module):
         super().__init__()
         self._selection = selection
         self.pool: RankPool | None = None
+        self._ranks: PackedRanks | None = None
         self.in_features, self.part_features = _measure_parts(parts)
         self._module: nn.Module | None = None
         self._packed: PackedLinear | None = None
@@ -94,7 +97,19 @@ class Projection(nn.Module):
         chosen = self._selection
         if chosen.first == chosen.last or self.pool is None:
             return base
+        if chosen.edition is not None and (ranks := self._lay_out(self.pool, chosen, chosen.edition)) is not None:
+            return ranks.add(base, x, chosen)
         return self._add_adapters(base, x, self.pool, chosen)
+
+    def _lay_out(self, pool: RankPool, chosen: AdapterSelection, edition: int) -> PackedRanks | None:
+        """Give the layout of the ranks in use, made now if there is time in this pass; None where there is none, or it were too large."""
+        if self._ranks is not None and self._ranks.edition == edition:
+            return self._ranks
+        self._ranks = None
+        numbers = (chosen.last - chosen.first) * len(self.part_features) * sum(self.part_features)
+        if numbers <= MAX_PACKED_NUMBERS and chosen.take_pack():
+            self._ranks = PackedRanks(pool, chosen.first, chosen.last, edition)
+        return self._ranks
 
     def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: AdapterSelection) -> torch.Tensor:
         """Add (x A') B in place: one product for all parts' A, then one per part into its columns, each reading only its own weights."""

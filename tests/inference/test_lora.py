@@ -18,7 +18,7 @@ from server.inference.cache import RowCache, Step
 from server.inference.decoder import Decoder
 from server.inference.library import LoadedModel
 from server.inference.lora import AdapterPool, NamedAdapter
-from server.inference.projections import AdapterSelection
+from server.inference.selection import AdapterSelection
 from tests.inference.conftest import LINEARS, save_adapter
 from tests.inference.test_batching import load, make_generation, run
 
