@@ -22,7 +22,7 @@ BULK_NICENESS = 10
 
 
 class Embedder(Protocol):
-    """Embeds texts (rag/embedding.py, injected by app.py). Blocking; any thread may call it."""
+    """Embeds texts (rag/embedding.py, injected by app/). Blocking; any thread may call it."""
 
     def is_loaded(self, embedding_model: str, backend: EmbeddingBackend) -> bool:
         """Tell whether the model is in memory."""

@@ -23,14 +23,14 @@ from server.inference.stepping import Mailbox, Stepper
 
 
 class Reranker(Protocol):
-    """Scores texts for a query (rag/reranking.py, injected by app.py). Blocking."""
+    """Scores texts for a query (rag/reranking.py, injected by app/). Blocking."""
 
     def score(self, model: str, query: str, texts: Sequence[str], deadline_seconds: float) -> Sequence[float] | None:
         """Give one score per text; None where `deadline_seconds` (of time.monotonic) came first."""
 
 
 class Previewer(Protocol):
-    """Shows records (datafiles/previewing.py, injected by app.py). Blocking."""
+    """Shows records (datafiles/previewing.py, injected by app/). Blocking."""
 
     def preview(self, order: PreviewOrder) -> Preview:
         """Give the records of the order."""

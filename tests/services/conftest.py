@@ -64,7 +64,7 @@ class NoEngine:
 
 @dataclass(frozen=True)
 class UseCases:
-    """The services, as app.py composes them."""
+    """The services, as app/api.py composes them."""
 
     models: ModelService
     training: TrainingService
