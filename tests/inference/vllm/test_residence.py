@@ -144,6 +144,20 @@ async def is_well(engine: VllmEngine) -> bool:
         return False
 
 
+async def test_streams_end_typed_when_their_server_is_killed_and_the_next_server_answers(make: Make) -> None:
+    engine = make(MemoryBudget(1 << 30))
+    streams = [engine.generate(ask("maps", model="first", max_tokens=150)) for _ in range(8)]
+    for stream in streams:
+        await anext(stream)
+    list_servers()[0].kill()
+    results = await asyncio.gather(*(collect(stream) for stream in streams), return_exceptions=True)
+    assert [type(result) for result in results] == [Unavailable] * 8
+    async with asyncio.timeout(10):
+        while not await is_well(engine):  # noqa: ASYNC110  # polled, as an operator would
+            await asyncio.sleep(0.05)
+    assert await say(engine, "first") == "one two"
+
+
 @pytest.mark.parametrize(("arguments", "served"), [((), ["second"]), (("--gpu-memory-utilization=0.4",), ["first", "second"])])
 async def test_on_a_gpu_servers_share_its_memory_by_the_part_that_each_takes(
     arguments: tuple[str, ...], served: list[str], make: Make, monkeypatch: pytest.MonkeyPatch
