@@ -32,10 +32,11 @@ from server.training.artefact import SPACE_RESERVE_BYTES, WEIGHTS_NAME, describe
 from server.training.card import CARD_FACTS, CARD_NAME, CardForm, write_model_card
 from server.training.mergecheck import MergeCheck, compare, rounded_weights, take_logits
 from server.training.signals import Stopped, check_stop
+from server.training.techniques.factors import PARAMETERS_NAME
 from server.training.techniques.prompts import ENCODER_NAME
 
 # What a version holds beside its tokenizer.
-ADAPTER_FILES = frozenset({"adapter_config.json", WEIGHTS_NAME, ENCODER_NAME, CARD_NAME, MANIFEST_NAME})
+ADAPTER_FILES = frozenset({"adapter_config.json", WEIGHTS_NAME, ENCODER_NAME, PARAMETERS_NAME, CARD_NAME, MANIFEST_NAME})
 # The type of merged weights, and the one instead where rounding to it would lose too much of the adapter.
 EXPORTED_DTYPE, WIDE_DTYPE = torch.bfloat16, torch.float32
 MAX_SHARD_SIZE = "5GB"
