@@ -110,7 +110,7 @@ class RowCache(Cache):
         step = self._current()
         pool, first, heads = self._layers[layer], step.first_row, self.shape.key_value_heads
         rows, new_tokens = step.positions.shape
-        if new_tokens == 1:
+        if new_tokens == 1 and rows > 1:
             pool[self._row_indices[first : first + rows], :, step.positions[:, 0]] = key_values[:, 0]
         else:
             start = step.longest_tokens - new_tokens
