@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.__main__ import TORCH_ENVIRONMENT
+from server.__main__ import ENGINE_ENVIRONMENT
 from server.basemodels.loading import preferred_dtype
 from server.basemodels.sources import BaseModelSource
 from server.childprocess import measure_peak_memory
@@ -196,7 +196,7 @@ def main() -> None:
     static = run_apart(arguments.threads, measure_transformers, directory, load, STREAMS)
     with tempfile.TemporaryDirectory() as storage:
         names = run_apart(arguments.threads, save_adapters, directory, Path(storage))
-        os.environ |= TORCH_ENVIRONMENT
+        os.environ |= ENGINE_ENVIRONMENT
         results, peak_bytes = run_apart(arguments.threads, measure_ours, directory, load, Path(storage), names)
     print(f"{arguments.threads or torch.get_num_threads()} threads, {preferred_dtype()}: tokens per second, per processor second, ratio")
     _print("transformers generate, alone", alone, alone)

@@ -19,6 +19,7 @@ from server.inference.memory import MemoryBudget
 from server.inference.passingthread import PassingThread
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
+from server.inference.spinning import OthersMeter, SpinGovernor
 from server.inference.stepping import Mailbox, Stepper
 
 
@@ -58,7 +59,7 @@ class EmbeddedEngine:
         max_model_bytes: int,
         idle_seconds: float | None = None,
     ) -> None:
-        self._stepper = Stepper()
+        self._stepper, self._governor = Stepper(), SpinGovernor(OthersMeter().measure)
         self.memory = MemoryBudget(max_model_bytes, idle_seconds)
         self._residents = Residents(self._stepper, base_models=base_models, versions=versions, options=options, memory=self.memory)
         self._instance, self._numbers = secrets.token_hex(8), itertools.count()
@@ -70,6 +71,7 @@ class EmbeddedEngine:
     def start(self) -> None:
         """Start computing."""
         self._stepper.start()
+        self._governor.start()
         self._sweeper = asyncio.get_running_loop().create_task(self.memory.sweep())
 
     async def stop(self) -> None:
@@ -77,6 +79,7 @@ class EmbeddedEngine:
         if self._sweeper is not None:
             self._sweeper.cancel()
         await asyncio.to_thread(self._stepper.stop)
+        await asyncio.to_thread(self._governor.stop)
         self._residents.stop()
         if self._embedding is not None:
             self._embedding.stop()
