@@ -1,8 +1,8 @@
 """The idle team that makes OpenMP's threads sleep: there while others compute, gone after, and others are seen."""
 
-import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -12,10 +12,6 @@ import torch
 from server.inference.spinning import MAX_OTHERS_CORES, OthersMeter, SpinGovernor, is_contended
 
 
-def count_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
     while not condition():
@@ -23,20 +19,44 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def holds_team() -> bool:
+    return any(thread.name == "engine-idle-team" for thread in threading.enumerate())
+
+
 def test_a_team_is_held_while_others_compute_and_given_back_after() -> None:
-    torch.zeros(1 << 17).add_(1)  # this thread's own team
-    others, before = [0.0], count_threads()
+    others, enough = [0.0], float(psutil.cpu_count() or 1)
     governor = SpinGovernor(lambda: others[0], interval_seconds=0.01)
     governor.start()
-    others[0] = float(psutil.cpu_count() or 1)
-    # The governor's thread, the one that holds the team, and the team's others.
-    wait_until(lambda: count_threads() == before + 1 + torch.get_num_threads())
-    others[0] = 0.0
-    wait_until(lambda: count_threads() == before + 1)
-    others[0] = float(psutil.cpu_count() or 1)
-    wait_until(lambda: count_threads() == before + 1 + torch.get_num_threads())
+    for _ in range(2):
+        others[0] = enough
+        wait_until(holds_team)
+        others[0] = 0.0
+        wait_until(lambda: not holds_team())
+    others[0] = enough
+    wait_until(holds_team)
     governor.stop()
-    wait_until(lambda: count_threads() == before)
+    assert not holds_team()
+
+
+def test_a_held_team_has_all_of_openmps_threads_and_they_end_with_it() -> None:
+    """In a process where nothing else begins or ends threads."""
+    count = "len(os.listdir('/proc/self/task'))"
+    code = f"""
+import os, time, torch
+from server.inference.spinning import IdleTeam
+torch.set_num_threads(3)
+def wait(threads):
+    end = time.monotonic() + 20
+    while {count} != threads:
+        assert time.monotonic() < end, {count}
+        time.sleep(0.01)
+before = {count}
+team = IdleTeam()
+wait(before + 3)
+team.release()
+wait(before)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_cores_that_our_threads_leave_free_may_be_used() -> None:
