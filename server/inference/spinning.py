@@ -5,6 +5,7 @@ A step of a small model has some 200 products, each of which wakes the other thr
 once, but waits asleep whenever a process has more of its threads than cores: an idle team beside the computing one does that.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -89,5 +90,5 @@ class SpinGovernor:
 
 def is_contended(others_cores: float) -> bool:
     """Tell whether others compute so much that our threads, waiting awake, would take it from them."""
-    free = (psutil.cpu_count() or 1) - torch.get_num_threads()
+    free = len(os.sched_getaffinity(0)) - torch.get_num_threads()
     return others_cores > max(0, free) + MAX_OTHERS_CORES
