@@ -22,9 +22,9 @@ from tests.tiny_models import build_tiny_causal_model
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Path]:
-    """A tiny model that can write for a while."""
+    """A tiny model that can write for a while, and so slowly that the server has time for questions: a smaller one starves /metrics."""
     with tempfile.TemporaryDirectory() as directory:
-        yield build_tiny_causal_model(Path(directory) / "llama", "llama", head_dim=32, max_position_embeddings=16384)
+        yield build_tiny_causal_model(Path(directory) / "llama", "llama", head_dim=32, max_position_embeddings=16384, num_hidden_layers=32)
 
 
 def count_running(url: str) -> int:
