@@ -7,7 +7,7 @@ from server.domain.datasets import RecordKind
 from server.domain.generation import ChatMessage, GenerationParameters, GenerationRequest, Priority, Role
 from server.domain.orders import BatchOrder
 from server.domain.records import Record, RecordInvalid, Turn, TurnRole
-from server.services.generating import MAX_SEED
+from server.services.validation import MAX_SEED
 
 
 def make_request(order: BatchOrder, numbered: NumberedRecord) -> GenerationRequest:

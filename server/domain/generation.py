@@ -1,7 +1,7 @@
 """Generation: what is asked of an engine and what it answers, token by token."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
@@ -178,15 +178,20 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class GenerationFinished:
-    """The end of a generation that went well."""
+    """The end of a generation that went well. `max_tokens` and `seed` are those that counted, whether asked for or not."""
 
     finish_reason: FinishReason
     usage: TokenUsage
     timings: Timings
+    max_tokens: int
     seed: int
     dropped_messages: int = 0
     rendered_prompt: str | None = None
     kind: Literal["finished"] = "finished"
+
+    def fill_in(self, parameters: GenerationParameters) -> GenerationParameters:
+        """Give the parameters that were asked for with what the engine decided."""
+        return replace(parameters, max_tokens=self.max_tokens, seed=self.seed)
 
 
 TokenEvent = Delta | GenerationFinished

@@ -75,4 +75,5 @@ class Generation:
         queued = self.started_seconds - self.queued_seconds
         timings = Timings(queued, self.first_token_seconds - start, end - start, self.load_seconds, self.adapter_load_seconds)
         usage = TokenUsage(len(self.prompt_ids), self.generated_tokens)
-        return GenerationFinished(reason, usage, timings, self.sampling.seed, self.dropped_messages, self.rendered_prompt)
+        seed, dropped = self.sampling.seed, self.dropped_messages
+        return GenerationFinished(reason, usage, timings, self.max_new_tokens, seed, dropped, self.rendered_prompt)

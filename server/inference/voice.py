@@ -1,7 +1,6 @@
 """What turns requests to tokens and back, wherever the weights are computed: tokenizer, chat template, end tokens, forms."""
 
 import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,7 @@ from server.domain.errors import FailedPrecondition, InvalidInput, ServiceError
 from server.domain.generation import GenerationParameters, GenerationRequest
 from server.inference.constraints import Form, FormReader
 from server.inference.prompts import DEFAULT_NEW_TOKENS, BuiltPrompt, PromptBuilder
-
-# Seeds that an engine draws fit an int32, so that they survive JSON as numbers.
-SEED_BITS = 31
+from server.services.generating import draw_seed
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ class Voice:
             description = f"has {tokens} tokens, and the model's context is {context_tokens}, one of which the answer needs"
             raise InvalidInput.field("messages" if request.prompt is None else "prompt", description, "PROMPT_TOO_LONG")
         check_token_ids(parameters, vocabulary_size)
-        seed = parameters.seed if parameters.seed is not None else secrets.randbits(SEED_BITS)
+        seed = parameters.seed if parameters.seed is not None else draw_seed()
         form = None if parameters.constraint is None else self.forms.read(parameters.constraint)
         return Prepared(prompt, min(parameters.max_tokens or DEFAULT_NEW_TOKENS, room), seed, form)
 

@@ -1,6 +1,5 @@
 """Batch generation: the job that answers each record of a dataset, and its result as a stream of bytes."""
 
-import random
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from server.domain.generation import GenerationParameters, ModelReference
 from server.domain.ids import JOB, new_id
 from server.domain.jobs import BATCH_RESULT_NAME, Job, JobKind, JobState
 from server.domain.specs import BatchSpec
-from server.services.generating import MAX_SEED
+from server.services.generating import draw_seed
 from server.services.idempotency import find_issued, hash_body, remember
 from server.services.ports import Artefacts, Database, Transaction
 from server.services.references import References
@@ -123,7 +122,7 @@ def _fix_seed(parameters: GenerationParameters) -> GenerationParameters:
     """Draw the seed where the caller left it out, so that an attempt that goes on, or a repetition, samples the same."""
     if parameters.seed is not None:
         return parameters
-    return replace(parameters, seed=random.randint(0, MAX_SEED))  # noqa: S311  # nothing is kept secret by it
+    return replace(parameters, seed=draw_seed())
 
 
 def _check_has_result(job: Job) -> None:

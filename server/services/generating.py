@@ -1,6 +1,7 @@
 """From an engine's streams to one answer: several choices side by side, a limit of time, and the whole read to its end."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -10,6 +11,7 @@ from server.domain.errors import DeadlineExceeded
 from server.domain.generation import (
     Delta,
     GenerationFinished,
+    GenerationParameters,
     GenerationRequest,
     ModelReference,
     PositionLogprobs,
@@ -18,8 +20,7 @@ from server.domain.generation import (
     TokenUsage,
 )
 from server.services.model_ports import Engine
-
-MAX_SEED = 2**31 - 1
+from server.services.validation import MAX_SEED
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,10 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFinished:
-    """The end of all answers to one request, in their order, at least one."""
+    """The end of all answers to one request, in their order, at least one; `parameters` are those that counted."""
 
     choices: Sequence[GenerationFinished]
+    parameters: GenerationParameters
 
     @property
     def usage(self) -> TokenUsage:
@@ -76,6 +78,11 @@ class Generation:
     finished: AnswerFinished
 
 
+def draw_seed() -> int:
+    """Give a seed for a request that has none."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
 async def generate_choices(engine: Engine, request: GenerationRequest) -> AsyncGenerator[AnswerEvent]:
     """Generate the `n` answers of a request side by side; the first that fails ends all. Closing stops them."""
     ends: dict[int, GenerationFinished] = {}
@@ -86,15 +93,16 @@ async def generate_choices(engine: Engine, request: GenerationRequest) -> AsyncG
                 ends[choice] = event
             else:
                 yield ChoiceDelta(choice, event)
-    yield AnswerFinished([ends[choice] for choice in sorted(ends)])
+    yield AnswerFinished([ends[choice] for choice in sorted(ends)], ends[0].fill_in(request.parameters))
 
 
 def split_choices(request: GenerationRequest) -> Sequence[GenerationRequest]:
-    """Give a request per answer; those after the first have seeds of their own, counted up from the caller's."""
+    """Give a request per answer; those after the first have seeds of their own, counted up from the caller's or from a drawn one."""
     parameters = request.parameters
     if parameters.n == 1:
         return [request]
-    seeds = [None if parameters.seed is None else (parameters.seed + choice) % (MAX_SEED + 1) for choice in range(parameters.n)]
+    first_seed = draw_seed() if parameters.seed is None else parameters.seed
+    seeds = [(first_seed + choice) % (MAX_SEED + 1) for choice in range(parameters.n)]
     return [
         replace(request, request_id=f"{request.request_id}.{choice}", parameters=replace(parameters, n=1, seed=seed))
         for choice, seed in enumerate(seeds)

@@ -8,6 +8,7 @@ from server.domain.generation import (
     Delta,
     FinishReason,
     GenerationFinished,
+    GenerationParameters,
     GenerationRequest,
     ModelReference,
     Timings,
@@ -39,7 +40,7 @@ class Sources:
 
 @dataclass(frozen=True, slots=True)
 class RagFinished:
-    """The last item: how it ended, and what the text cites, verified against the documents."""
+    """The last item: how it ended, and what the text cites, verified against the documents. `parameters` None: no model was asked."""
 
     finish_reason: FinishReason
     usage: TokenUsage
@@ -49,6 +50,7 @@ class RagFinished:
     citations: Sequence[Citation]
     dropped_citation_count: int
     grounded: bool
+    parameters: GenerationParameters | None = None
 
 
 RagEvent = Sources | Delta | RagFinished
@@ -105,19 +107,20 @@ class RagAnswers:
         async with aclosing(self._engine.generate(asked)) as events:
             async for event in events:
                 if isinstance(event, GenerationFinished):
-                    yield _finish(request.model_id, generator, event, "".join(texts), prompt.chunks)
+                    yield _finish(request, generator, event, "".join(texts), prompt.chunks)
                     return
                 texts.append(event.text)
                 yield event
 
 
 def _finish(
-    model_id: str, generator: ModelReference, event: GenerationFinished, text: str, chunks: Sequence[RetrievedChunk]
+    request: RagGenerate, generator: ModelReference, end: GenerationFinished, text: str, chunks: Sequence[RetrievedChunk]
 ) -> RagFinished:
-    cited = cite_answer(text, chunks)
+    cited, parameters = cite_answer(text, chunks), end.fill_in(request.parameters)
     return RagFinished(
-        event.finish_reason, event.usage, event.timings, model_id, generator, cited.citations, cited.dropped_count, grounded=True
-    )
+        end.finish_reason, end.usage, end.timings, request.model_id, generator, cited.citations, cited.dropped_count,
+        grounded=True, parameters=parameters,
+    )  # fmt: skip
 
 
 def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: Retrieved) -> Sequence[RagEvent]:

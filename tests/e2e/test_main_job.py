@@ -135,6 +135,22 @@ def test_the_same_seed_gives_the_same_text_and_a_drawn_one_is_told(stack: Stack)
     assert again["text"] == drawn["text"] != other["text"]
 
 
+def test_an_answer_tells_the_parameters_that_counted_so_that_a_misspelt_one_shows(stack: Stack) -> None:
+    body = {
+        "model_id": BASE,
+        "prompt": "The ferry",
+        "parameters": {"max_tokens": 2, "temprature": 0.1, "stop": ["x"], "logit_bias": {"7": -1}},
+    }
+    whole, finished = post(stack, "/inference", body), list(stream(stack, "POST", "/inference/stream", body))[-1]["finished"]
+    for answer in (whole, finished):
+        used = answer["effective_parameters"]
+        assert "temprature" not in used
+        assert (used["max_tokens"], used["temperature"], used["top_p"], used["n"], used["seed"]) == (2, 0.7, 1, 1, answer["seed"])
+        assert (used["stop"], used["logit_bias"]) == (["x"], {"7": -1})
+    again = post(stack, "/inference", {**body, "parameters": whole["effective_parameters"]})
+    assert (again["text"], again["effective_parameters"]) == (whole["text"], whole["effective_parameters"])
+
+
 def test_stop_strings_and_limits_end_an_answer_and_are_told(stack: Stack, tuned: dict[str, Any]) -> None:
     stopped = post(stack, "/inference", ask(tuned["model_id"], stop=["keeps"]))
     assert (stopped["finish_reason"], "keeps" in stopped["text"]) == ("FINISH_REASON_STOP_STRING", False)
@@ -258,8 +274,10 @@ def test_an_answer_from_documents_streams_its_sources_text_and_verified_citation
         assert LIGHTHOUSE[citation["char_start"] : citation["char_end"]] == citation["quote"]
     assert 0 < finished["timings"]["first_token_seconds"] <= finished["timings"]["total_seconds"]
     assert events[0]["sources"]["searched_query"] == LAMP_QUERY
+    assert (finished["effective_parameters"]["max_tokens"], finished["effective_parameters"]["temperature"]) == (40, 0)
     whole = post(stack, "/rag/inference", body)
     assert (whole["grounded"], whole["citations"]) == (True, finished["citations"])
+    assert (whole["effective_parameters"]["max_tokens"], whole["effective_parameters"]["temperature"]) == (40, 0)
 
 
 def test_a_question_that_leans_on_the_conversation_is_answered_from_what_that_is_about(stack: Stack, library: str) -> None:

@@ -15,7 +15,7 @@ from server.inference.engine import EmbeddedEngine
 from server.services.generating import AnswerFinished, ChoiceDelta, Generation, collect, generate_choices, limit_time
 from tests.inference.asking import ask
 from tests.inference.engines import make_engine
-from tests.tiny_models import build_tiny_causal_model
+from tests.tiny_models import CONTEXT_TOKENS, build_tiny_causal_model
 
 LLAMA = ModelReference("llama", "llama")
 
@@ -54,8 +54,17 @@ async def test_each_answer_has_a_seed_by_which_it_can_be_repeated_alone(engine: 
         assert [alone.choices[0].text] == [choice.text]
     assert given.finished.usage.completion_tokens == sum(choice.finished.usage.completion_tokens for choice in given.choices)
     assert given.finished.usage.prompt_tokens == given.choices[0].finished.usage.prompt_tokens
-    drawn = await answer(engine, ask("The river", temperature=1.5, n=3))
+
+
+async def test_the_parameters_that_counted_repeat_an_answer_with_a_drawn_seed(engine: EmbeddedEngine) -> None:
+    request = ask("The river", temperature=1.5, n=3, max_tokens=None)
+    drawn = await answer(engine, request)
+    used = drawn.finished.parameters
+    prompt_tokens = drawn.finished.usage.prompt_tokens
+    assert used == replace(request.parameters, seed=drawn.choices[0].finished.seed, max_tokens=CONTEXT_TOKENS - prompt_tokens)
     assert len({choice.finished.seed for choice in drawn.choices}) == 3
+    again = await answer(engine, replace(request, parameters=used))
+    assert [choice.text for choice in again.choices] == [choice.text for choice in drawn.choices]
 
 
 async def test_pieces_of_several_answers_come_as_they_are_made(engine: EmbeddedEngine) -> None:

@@ -449,6 +449,7 @@ class GenerateResponse(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     RENDERED_PROMPT_FIELD_NUMBER: _builtins.int
     DROPPED_MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text, without the end token and the stop string."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -479,6 +480,12 @@ class GenerateResponse(_message.Message):
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateResponse.Choice]:
         """All answers where `n` is above 1, the first too, which also stands above. Empty: there is one."""
 
+    @_builtins.property
+    def effective_parameters(self) -> _generation_pb2.GenerationParameters:
+        """How the text was generated: the caller's parameters, and in place of those left out the values that counted, `seed` too. REST drops
+        misspelt fields of a body; what is not found here was not used.
+        """
+
     def __init__(
         self,
         *,
@@ -493,10 +500,11 @@ class GenerateResponse(_message.Message):
         choices: _abc.Iterable[Global___GenerateResponse.Choice] | None = ...,
         rendered_prompt: _builtins.str | None = ...,
         dropped_message_count: _builtins.int = ...,
+        effective_parameters: _generation_pb2.GenerationParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "effective_parameters", b"effective_parameters", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "effective_parameters", b"effective_parameters", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "text", b"text", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rendered_prompt: _TypeAlias = _typing.Literal["rendered_prompt"]  # noqa: Y015
     _WhichOneofArgType__rendered_prompt: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt"]  # noqa: Y015
@@ -691,6 +699,7 @@ class StreamGenerateResponse(_message.Message):
         CHOICES_FIELD_NUMBER: _builtins.int
         RENDERED_PROMPT_FIELD_NUMBER: _builtins.int
         DROPPED_MESSAGE_COUNT_FIELD_NUMBER: _builtins.int
+        EFFECTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
         finish_reason: Global___GenerateResponse.FinishReason.ValueType
         """Why it ended."""
         model_id: _builtins.str
@@ -715,6 +724,10 @@ class StreamGenerateResponse(_message.Message):
         def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamGenerateResponse.ChoiceEnd]:
             """How each answer ended where `n` is above 1; the first one's end also stands above. Empty: there is one."""
 
+        @_builtins.property
+        def effective_parameters(self) -> _generation_pb2.GenerationParameters:
+            """How the text was generated, as in GenerateResponse."""
+
         def __init__(
             self,
             *,
@@ -727,10 +740,11 @@ class StreamGenerateResponse(_message.Message):
             choices: _abc.Iterable[Global___StreamGenerateResponse.ChoiceEnd] | None = ...,
             rendered_prompt: _builtins.str | None = ...,
             dropped_message_count: _builtins.int = ...,
+            effective_parameters: _generation_pb2.GenerationParameters | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "effective_parameters", b"effective_parameters", "rendered_prompt", b"rendered_prompt", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "finish_reason", b"finish_reason", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt", "_version", b"_version", "choices", b"choices", "dropped_message_count", b"dropped_message_count", "effective_parameters", b"effective_parameters", "finish_reason", b"finish_reason", "model_id", b"model_id", "rendered_prompt", b"rendered_prompt", "seed", b"seed", "timings", b"timings", "usage", b"usage", "version", b"version"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__rendered_prompt: _TypeAlias = _typing.Literal["rendered_prompt"]  # noqa: Y015
         _WhichOneofArgType__rendered_prompt: _TypeAlias = _typing.Literal["_rendered_prompt", b"_rendered_prompt"]  # noqa: Y015
@@ -843,6 +857,7 @@ class RagGenerateResponse(_message.Message):
     DROPPED_CITATION_COUNT_FIELD_NUMBER: _builtins.int
     RERANK_FIELD_NUMBER: _builtins.int
     SEARCHED_QUERY_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer."""
     finish_reason: Global___GenerateResponse.FinishReason.ValueType
@@ -883,6 +898,10 @@ class RagGenerateResponse(_message.Message):
     def rerank(self) -> _retrieval_pb2.RerankOutcome:
         """What became of the reranking. Unset: none was asked for."""
 
+    @_builtins.property
+    def effective_parameters(self) -> _generation_pb2.GenerationParameters:
+        """How the text was generated, as in GenerateResponse. Unset: no model was asked."""
+
     def __init__(
         self,
         *,
@@ -900,10 +919,11 @@ class RagGenerateResponse(_message.Message):
         dropped_citation_count: _builtins.int = ...,
         rerank: _retrieval_pb2.RerankOutcome | None = ...,
         searched_query: _builtins.str = ...,
+        effective_parameters: _generation_pb2.GenerationParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "generator_version", b"generator_version", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "effective_parameters", b"effective_parameters", "generator_version", b"generator_version", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "searched_query", b"searched_query", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "chunks", b"chunks", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "effective_parameters", b"effective_parameters", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "rerank", b"rerank", "retrieval_timings", b"retrieval_timings", "searched_query", b"searched_query", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__generator_version: _TypeAlias = _typing.Literal["generator_version"]  # noqa: Y015
     _WhichOneofArgType__generator_version: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version"]  # noqa: Y015
@@ -1018,6 +1038,7 @@ class StreamRagGenerateResponse(_message.Message):
         CITATIONS_FIELD_NUMBER: _builtins.int
         GROUNDED_FIELD_NUMBER: _builtins.int
         DROPPED_CITATION_COUNT_FIELD_NUMBER: _builtins.int
+        EFFECTIVE_PARAMETERS_FIELD_NUMBER: _builtins.int
         finish_reason: Global___GenerateResponse.FinishReason.ValueType
         """Why it ended."""
         model_id: _builtins.str
@@ -1042,6 +1063,10 @@ class StreamRagGenerateResponse(_message.Message):
         def citations(self) -> _containers.RepeatedCompositeFieldContainer[_retrieval_pb2.Citation]:
             """Passages that the answer rests on, verified."""
 
+        @_builtins.property
+        def effective_parameters(self) -> _generation_pb2.GenerationParameters:
+            """How the text was generated, as in GenerateResponse. Unset: no model was asked."""
+
         def __init__(
             self,
             *,
@@ -1054,10 +1079,11 @@ class StreamRagGenerateResponse(_message.Message):
             citations: _abc.Iterable[_retrieval_pb2.Citation] | None = ...,
             grounded: _builtins.bool = ...,
             dropped_citation_count: _builtins.int = ...,
+            effective_parameters: _generation_pb2.GenerationParameters | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "generator_version", b"generator_version", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "effective_parameters", b"effective_parameters", "generator_version", b"generator_version", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version", "citations", b"citations", "dropped_citation_count", b"dropped_citation_count", "effective_parameters", b"effective_parameters", "finish_reason", b"finish_reason", "generator_model_id", b"generator_model_id", "generator_version", b"generator_version", "grounded", b"grounded", "model_id", b"model_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         _WhichOneofReturnType__generator_version: _TypeAlias = _typing.Literal["generator_version"]  # noqa: Y015
         _WhichOneofArgType__generator_version: _TypeAlias = _typing.Literal["_generator_version", b"_generator_version"]  # noqa: Y015

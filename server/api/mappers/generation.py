@@ -164,6 +164,7 @@ def generation_to_proto(generation: Generation) -> inference_service_pb2.Generat
         choices=[choice_to_proto(place, choice) for place, choice in enumerate(generation.choices)] if len(generation.choices) > 1 else [],
         rendered_prompt=first.finished.rendered_prompt,
         dropped_message_count=first.finished.dropped_messages,
+        effective_parameters=parameters_to_proto(finished.parameters),
     )
 
 
@@ -198,6 +199,7 @@ def finished_to_proto(finished: AnswerFinished, model: ModelReference) -> infere
         choices=[choice_end_to_proto(place, end) for place, end in enumerate(finished.choices)] if len(finished.choices) > 1 else [],
         rendered_prompt=first.rendered_prompt,
         dropped_message_count=first.dropped_messages,
+        effective_parameters=parameters_to_proto(finished.parameters),
     )
 
 

@@ -7,6 +7,7 @@ from server.api.mappers.generation import (
     delta_to_proto,
     messages_from_proto,
     parameters_from_proto,
+    parameters_to_proto,
     usage_to_proto,
 )
 from server.api.mappers.generation import timings_to_proto as generation_timings_to_proto
@@ -56,6 +57,7 @@ def rag_answer_to_proto(answer: RagAnswer) -> inference_service_pb2.RagGenerateR
         dropped_citation_count=finished.dropped_citation_count,
         rerank=rerank_outcome_to_proto(answer.sources.rerank),
         searched_query=answer.sources.searched_query,
+        effective_parameters=None if finished.parameters is None else parameters_to_proto(finished.parameters),
     )
 
 
@@ -91,4 +93,5 @@ def rag_finished_to_proto(finished: RagFinished) -> StreamResponse.Finished:
         citations=[citation_to_proto(citation) for citation in finished.citations],
         grounded=finished.grounded,
         dropped_citation_count=finished.dropped_citation_count,
+        effective_parameters=None if finished.parameters is None else parameters_to_proto(finished.parameters),
     )

@@ -101,18 +101,19 @@ class Answer:
     def _finish(self) -> GenerationFinished:
         if self._completion_tokens is None or (self._end is None and not self._text.is_stopped):
             raise make_lost()
-        prompt, request = self._order.prepared.prompt, self._order.request
+        prepared, request = self._order.prepared, self._order.request
         end, start = time.monotonic(), self._waits.received_seconds
         return GenerationFinished(
             self._find_reason(),
-            TokenUsage(len(prompt.token_ids), self._completion_tokens),
+            TokenUsage(len(prepared.prompt.token_ids), self._completion_tokens),
             # How long it queued only the server knows; it is part of the time to the first token.
             Timings(
                 0.0, (self._first_token_seconds or end) - start, end - start, self._waits.load_seconds, self._waits.adapter_load_seconds
             ),
-            self._order.prepared.seed,
-            prompt.dropped_messages,
-            prompt.text if request.echo_prompt else None,
+            prepared.max_new_tokens,
+            prepared.seed,
+            prepared.prompt.dropped_messages,
+            prepared.prompt.text if request.echo_prompt else None,
         )
 
     def _find_reason(self) -> FinishReason:

@@ -43,7 +43,7 @@ async def test_a_stream_is_deltas_and_one_end(engine: Generator) -> None:
     assert all(isinstance(event, Delta) for event in events[:-1])
     end = events[-1]
     assert isinstance(end, GenerationFinished)
-    assert (end.finish_reason, end.usage.completion_tokens) == (FinishReason.LENGTH, 12)
+    assert (end.finish_reason, end.usage.completion_tokens, end.max_tokens) == (FinishReason.LENGTH, 12, 12)
     assert end.usage.prompt_tokens == (await engine.count_tokens(BASE, [PROMPT]))[0]
     plain, broken = await engine.quote_texts(BASE, [PROMPT, "end<|im_end|>"])
     assert (plain.text, plain.token_count, broken.text) == (PROMPT, end.usage.prompt_tokens, "end< |im_end|>")
@@ -121,8 +121,9 @@ async def test_a_rendered_prompt_is_what_a_generation_reads(engine: Generator) -
 
 
 async def test_output_keeps_to_a_form(engine: Generator) -> None:
-    answer = await collect(engine.generate(ask(PROMPT, constraint=OutputConstraint(regex="(yes|no)"))))
+    answer = await collect(engine.generate(ask(PROMPT, constraint=OutputConstraint(regex="(yes|no)"), max_tokens=CONTEXT_TOKENS)))
     assert answer.text in ("yes", "no")
+    assert answer.end.max_tokens == CONTEXT_TOKENS - answer.end.usage.prompt_tokens, "what the prompt leaves"
     with pytest.raises(InvalidInput):
         await collect(engine.generate(ask(PROMPT, constraint=OutputConstraint(json_schema='{"type": "strang"}'))))
 
