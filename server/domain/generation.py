@@ -98,7 +98,8 @@ class QuotedText:
 class GenerationRequest:
     """One generation. Exactly one of `prompt` (continued as it is) and `messages` (through the chat template) is set.
 
-    `tools` are JSON texts, as in records; with `echo_prompt` the end of the answer says what the model was given.
+    `tools` are JSON texts, as in records; with `echo_prompt` the end of the answer says what the model was given. Requests with the same
+    `choice_of` are choices of one answer: they differ in their sampling only, and an engine may read their prompt once.
     """
 
     request_id: str
@@ -110,6 +111,7 @@ class GenerationRequest:
     tools: tuple[str, ...] = ()
     history: HistoryPolicy = HistoryPolicy.REFUSE
     echo_prompt: bool = False
+    choice_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from server.domain.generation import FinishReason, TokenEvent
 from server.inference.cache import RowCache, Step
 from server.inference.decoder import Decoder
 from server.inference.generations import Generation
+from server.inference.reading import share_prompt_tokens
 from server.inference.sampling import Choice, SamplingState, choose_tokens
 
 # A full queue empties by whole answers; sooner than this a retry seldom finds a place.
@@ -145,29 +146,43 @@ class Batch:
 
     def _read_prompts(self) -> list[Output]:
         outputs: list[Output] = []
-        for generation, tokens in self._share_prompt_tokens():
+        started = self._start_choices()
+        for generation, tokens in share_prompt_tokens(self._reading, self._limits.prompt_tokens_per_step):
             try:
                 logits = self._read_piece(generation, tokens)
                 if logits is not None:
-                    self._start_decoding(generation)
-                    outputs += self._deliver([generation], logits)
+                    self._start_decoding(generation, logits)
+                    started.append(generation)
             except (RuntimeError, MemoryError, ValueError, IndexError) as error:
                 outputs.append(self._fail(generation, error))
+        # Before the first tokens, with which the one that has read may be at its end.
+        started += self._start_choices()
+        for generation in started:
+            outputs += self._deliver_first(generation)
         return outputs
 
-    def _share_prompt_tokens(self) -> list[tuple[Generation, int]]:
-        """Share a step's prompt tokens: the oldest prompt gets half at least, the rest goes to the shortest, so that neither starves."""
-        budget = self._limits.prompt_tokens_per_step
-        if not self._reading:
-            return []
-        oldest, others = self._reading[0], sorted(self._reading[1:], key=lambda g: g.unread_tokens)
-        shares = {oldest.request_id: min(oldest.unread_tokens, (budget + 1) // 2 if others else budget)}
-        budget -= shares[oldest.request_id]
-        for generation in others:
-            shares[generation.request_id] = min(generation.unread_tokens, budget)
-            budget -= shares[generation.request_id]
-        shares[oldest.request_id] += min(oldest.unread_tokens - shares[oldest.request_id], budget)
-        return [(generation, shares[generation.request_id]) for generation in (oldest, *others) if shares[generation.request_id] > 0]
+    def _start_choices(self) -> list[Generation]:
+        """Let those start whose prompt a decoding choice of the same answer has read, from a copy of its row."""
+        started: list[Generation] = []
+        for generation in list(self._reading):
+            source = next((other for other in self._decoding if other.shares_prompt(generation)), None)
+            if source is not None and source.prompt_logits is not None:
+                self._start_decoding(generation, source.prompt_logits)
+                generation.cached_tokens += generation.unread_tokens
+                self._cache.move_row(source.row, generation.row, generation.cached_tokens)
+                started.append(generation)
+        return started
+
+    def _deliver_first(self, generation: Generation) -> list[Output]:
+        """Make the first token, of the logits after the prompt."""
+        logits = generation.prompt_logits
+        assert logits is not None
+        if not generation.choice_of:
+            generation.prompt_logits = None
+        try:
+            return self._deliver([generation], logits)
+        except (RuntimeError, MemoryError, ValueError, IndexError) as error:
+            return [self._fail(generation, error)]
 
     def _read_piece(self, generation: Generation, tokens: int) -> torch.Tensor | None:
         """Read so many more prompt tokens; give the logits [1, vocabulary] after the last one."""
@@ -182,8 +197,8 @@ class Batch:
         generation.cached_tokens = end
         return logits
 
-    def _start_decoding(self, generation: Generation) -> None:
-        """Move a read prompt to the first row behind the decoding ones; whoever reads there goes to the spare row."""
+    def _start_decoding(self, generation: Generation, logits: torch.Tensor) -> None:
+        """Move what is read to the first row behind the decoding ones; whoever reads there goes to the spare row."""
         target = len(self._decoding)
         if generation.row != target:
             occupant = next((other for other in self._reading if other.row == target), None)
@@ -192,6 +207,7 @@ class Batch:
             self._move(generation, target)
         self._reading.remove(generation)
         self._decoding.append(generation)
+        generation.prompt_logits = logits
 
     def _move(self, generation: Generation, target: int) -> None:
         self._cache.move_row(generation.row, target, generation.cached_tokens)
@@ -263,6 +279,7 @@ class Batch:
 
     def _remove(self, generation: Generation) -> None:
         """Take a request out, and close the gap that it leaves among the decoding rows."""
+        generation.prompt_logits = None  # its reader may keep the request itself for longer
         if generation in self._waiting:
             self._waiting.remove(generation)
             return

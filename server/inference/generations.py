@@ -19,7 +19,8 @@ HEAD_START_SECONDS: Mapping[Priority, float] = {Priority.LOW: -30.0, Priority.NO
 class Generation:
     """One request on its way through a batch. `request_id` is the batch's name for it; `adapter` None is the bare base.
 
-    `prefix` [layers, 2 x key heads, tokens, head size] is what the cache holds before the prompt: a version's virtual tokens.
+    `prefix` [layers, 2 x key heads, tokens, head size] is what the cache holds before the prompt: a version's virtual tokens. Choices of
+    one answer have the same `choice_of`; they keep `prompt_logits` [1, vocabulary], those after the prompt, for others that come later.
     """
 
     request_id: str
@@ -36,6 +37,8 @@ class Generation:
     adapter_load_seconds: float = 0.0
     dropped_messages: int = 0
     rendered_prompt: str | None = None
+    choice_of: str = ""
+    prompt_logits: torch.Tensor | None = None
     queued_seconds: float = field(default_factory=time.monotonic)
     started_seconds: float = 0.0
     first_token_seconds: float = 0.0
@@ -68,6 +71,12 @@ class Generation:
     def unread_tokens(self) -> int:
         """Prompt tokens that the model has not seen yet."""
         return self.prefix_tokens + len(self.prompt_ids) - self.cached_tokens
+
+    def shares_prompt(self, other: "Generation") -> bool:
+        """Tell whether another's prompt, once read, stands for its own: both are choices of one answer, by the same weights."""
+        if not self.choice_of or self.choice_of != other.choice_of:
+            return False
+        return self.adapter_name == other.adapter_name and self.prefix is other.prefix and self.prompt_ids == other.prompt_ids
 
     def finish(self, reason: FinishReason) -> GenerationFinished:
         """Make the final event."""

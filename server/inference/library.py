@@ -115,6 +115,7 @@ class LoadedModel:
             adapter_load_seconds=times.adapter_load_seconds,
             dropped_messages=prepared.prompt.dropped_messages,
             rendered_prompt=prepared.prompt.text if request.echo_prompt else None,
+            choice_of=request.choice_of,
         )
 
 

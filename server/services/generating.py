@@ -101,10 +101,11 @@ def split_choices(request: GenerationRequest) -> Sequence[GenerationRequest]:
     parameters = request.parameters
     if parameters.n == 1:
         return [request]
+    answer = secrets.token_hex(8)  # the caller's own id may come twice, with other prompts
     first_seed = draw_seed() if parameters.seed is None else parameters.seed
     seeds = [(first_seed + choice) % (MAX_SEED + 1) for choice in range(parameters.n)]
     return [
-        replace(request, request_id=f"{request.request_id}.{choice}", parameters=replace(parameters, n=1, seed=seed))
+        replace(request, request_id=f"{request.request_id}.{choice}", parameters=replace(parameters, n=1, seed=seed), choice_of=answer)
         for choice, seed in enumerate(seeds)
     ]
 

@@ -19,8 +19,8 @@ from server.inference.decoder import Decoder
 from server.inference.library import LoadedModel
 from server.inference.lora import AdapterPool, NamedAdapter
 from server.inference.selection import AdapterSelection
+from tests.inference.batches import load, make_generation, run
 from tests.inference.conftest import LINEARS, save_adapter
-from tests.inference.test_batching import load, make_generation, run
 
 PROMPT = [5, 60, 70, 200, 33, 8, 14]
 

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,19 @@ async def test_techniques_that_leave_the_weights_share_them_in_one_batch(engine:
         torch.testing.assert_close(list_logprobs(answer), list_logprobs(other), atol=1e-4, rtol=1e-4)
     status = await engine.describe()
     assert [(model.base_model, model.variant, model.adapters_loaded) for model in status.models] == [("llama", "", len(SHARED))]
+
+
+@pytest.mark.parametrize("technique", ["lora", "prompt_tuning", "prefix_tuning", "dora"])
+async def test_choices_of_an_answer_say_what_a_version_says_alone(
+    technique: str, engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path
+) -> None:
+    asked = ask_version(make_version(tmp_path, "version", tiny("llama"), technique))
+    alone = await collect(engine.generate(asked))
+    choice = replace(asked, choice_of="an answer", echo_prompt=True)
+    for answer in await asyncio.gather(*(collect(engine.generate(choice)) for _ in range(5))):
+        assert (answer.text, answer.end.usage, answer.end.rendered_prompt) == (alone.text, alone.end.usage, PROMPT)
+        torch.testing.assert_close(list_logprobs(answer), list_logprobs(alone), atol=1e-4, rtol=1e-4)
+        assert 0 <= answer.end.timings.queue_seconds <= answer.end.timings.first_token_seconds <= answer.end.timings.total_seconds
 
 
 async def test_versions_on_the_same_4_bits_share_one_model(engine: EmbeddedEngine, tiny: Tiny, tmp_path: Path) -> None:
