@@ -15,12 +15,13 @@ from server.domain.generation import EmbedRole, GenerationRequest, ModelReferenc
 from server.domain.previews import MeasureOrder, Preview, PreviewOrder
 from server.inference.embedding import Embedder, EmbeddingLanes
 from server.inference.library import BaseModelResolver, LoadingOptions, Times
+from server.inference.mailbox import Mailbox
 from server.inference.memory import MemoryBudget
 from server.inference.passingthread import PassingThread
 from server.inference.plans import VersionFiles
 from server.inference.residents import Residents
 from server.inference.spinning import OthersMeter, SpinGovernor
-from server.inference.stepping import Mailbox, Stepper
+from server.inference.stepping import Stepper
 
 
 class Reranker(Protocol):

@@ -3,8 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -13,39 +12,10 @@ from server.domain.errors import ServiceError, Unavailable
 from server.domain.generation import Delta, TokenEvent
 from server.inference.batching import Batch, Output
 from server.inference.generations import Generation
+from server.inference.mailbox import Mailbox
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class Mailbox:
-    """One request's events on their way to its reader. Bounded by the request's own length: deltas that nobody took yet become one."""
-
-    def __init__(self) -> None:
-        self._events: deque[TokenEvent | ServiceError] = deque()
-        self._filled = asyncio.Event()
-
-    def put(self, event: TokenEvent | ServiceError) -> None:
-        """Add an event; on the event loop only."""
-        last = self._events[-1] if self._events else None
-        if isinstance(event, Delta) and isinstance(last, Delta):
-            self._events[-1] = Delta(last.text + event.text, (*last.logprobs, *event.logprobs))
-        else:
-            self._events.append(event)
-        self._filled.set()
-
-    async def read(self) -> AsyncGenerator[TokenEvent]:
-        """Give events up to the last one. Raises the error that ended the request."""
-        while True:
-            await self._filled.wait()
-            while self._events:
-                event = self._events.popleft()
-                if isinstance(event, ServiceError):
-                    raise event
-                yield event
-                if not isinstance(event, Delta):
-                    return
-            self._filled.clear()
 
 
 class Stepper:
