@@ -232,7 +232,7 @@ class Batch:
         longest = max(g.cached_tokens for g in generations) + 1
         step = Step(generations[0].row, positions, longest, self._decoder.cache_shape.dtype)
         token_ids = torch.tensor([[g.last_token] for g in generations], device=self._device)
-        self._adapters.select([g.adapter_name for g in generations], is_decoding=True)
+        self._adapters.select([g.adapter_name for g in generations])
         logits = self._decoder.forward(token_ids, step, self._cache, wants_logits=True)
         assert logits is not None
         for generation in generations:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from server.domain.errors import ResourceExhausted
-from server.inference.projections import Projection, RankPool, is_packable
+from server.inference.projections import Projection, RankPool
 from server.inference.selection import AdapterSelection
 
 Places = Mapping[str, tuple[Projection, int]]
@@ -51,7 +51,6 @@ class AdapterPool:
         self._projections = list({id(projection): projection for projection, _ in places.values()}.values())
         self._residents: dict[str, _Resident] = {}
         self._clock = 0
-        selection.can_pack = is_packable(dtype, device)
 
     @property
     def names(self) -> Sequence[str]:
@@ -86,10 +85,10 @@ class AdapterPool:
         self._residents.pop(name, None)
         return True
 
-    def select(self, names: Sequence[str | None], *, is_decoding: bool = False) -> None:
-        """Set the adapter of each row of the coming pass; None is the bare base. Say where it is one of many that decode."""
+    def select(self, names: Sequence[str | None]) -> None:
+        """Set the adapter of each row of the coming pass; None is the bare base."""
         ranges = [(0, 0) if name is None else (self._residents[name].first, self._residents[name].last) for name in names]
-        self._selection.choose(ranges, self._device, is_decoding=is_decoding)
+        self._selection.choose(ranges, self._device)
 
     def _insert(self, name: str, adapter: Adapter) -> bool:
         if adapter.rank > self._max_ranks:
@@ -101,7 +100,6 @@ class AdapterPool:
             return False
         last = first + adapter.rank
         self._residents[name] = _Resident(first, last)
-        self._selection.expire()
         targeted = {projection for projection, _ in adapter.matrices}
         for projection in self._projections:
             # A projection that no adapter ever touched has no pool, and costs nothing.
@@ -142,7 +140,7 @@ class AdapterPool:
             pool.down[:known] = old.down
             for new, kept in zip(pool.up, old.up, strict=True):
                 new[:known] = kept
-        projection.pool = pool
+        projection.use(pool)
         return pool
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from server.inference.kernels.lowrank import LowRankSum
+from server.inference.kernels.team import find_team_for
 from server.inference.selection import AdapterSelection
 
 
@@ -19,10 +21,6 @@ class RankPool:
 
     down: torch.Tensor
     up: list[torch.Tensor] = field(default_factory=list)
-
-
-# Most numbers of a layout of ranks at one projection. Where parts share an input most of B is zeros, which larger models would feel.
-MAX_PACKED_NUMBERS = 2_000_000
 
 
 def is_packable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -47,29 +45,6 @@ class PackedLinear:
         return output
 
 
-class PackedRanks:
-    """Ranks [first, last) of a pool, laid out for oneDNN: (x A') B is two products for all adapters and parts together.
-
-    The inner columns are ordered by part, then by rank; B is block diagonal, [sum of the parts' out, parts x ranks].
-    """
-
-    def __init__(self, pool: RankPool, first: int, last: int, edition: int) -> None:
-        self.edition = edition
-        down = pool.down[first:last]
-        self._parts = down.shape[1]
-        self._down = PackedLinear(down.transpose(0, 1).flatten(0, 1), None)
-        up = torch.block_diag(*(up[first:last].T for up in pool.up))  # type: ignore[no-untyped-call]  # torch
-        self._up = torch.ops.mkldnn._reorder_linear_weight(up.contiguous())
-
-    def add(self, base: torch.Tensor, x: torch.Tensor, chosen: AdapterSelection) -> torch.Tensor:
-        """Give base + (x A') B, each row with its own ranks only."""
-        inner, foreign = self._down(x), chosen.mark_foreign(self._parts)
-        if foreign is not None:
-            inner.masked_fill_(foreign, 0)
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(inner, base, self._up, None, "add")
-        return output
-
-
 class Projection(nn.Module):
     """One or more linear layers with the same input, run as one product, plus the low-rank products of the rows' adapters.
 
@@ -80,7 +55,7 @@ class Projection(nn.Module):
         super().__init__()
         self._selection = selection
         self.pool: RankPool | None = None
-        self._ranks: PackedRanks | None = None
+        self._sum: LowRankSum | None = None
         self.in_features, self.part_features = _measure_parts(parts)
         self._module: nn.Module | None = None
         self._packed: PackedLinear | None = None
@@ -91,25 +66,21 @@ class Projection(nn.Module):
         else:
             raise ValueError("only linear layers can be merged")
 
+    def use(self, pool: RankPool) -> None:
+        """Take adapters from this pool from now on."""
+        team = find_team_for(pool.down.dtype, pool.down.device)
+        self.pool, self._sum = pool, None if team is None else LowRankSum(team, pool.down, pool.up)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project, and add what the rows' adapters say."""
         base: torch.Tensor = self._packed(x) if self._packed is not None else self._module(x)  # type: ignore[misc]  # one of the two is set
         chosen = self._selection
         if chosen.first == chosen.last or self.pool is None:
             return base
-        if chosen.edition is not None and (ranks := self._lay_out(self.pool, chosen, chosen.edition)) is not None:
-            return ranks.add(base, x, chosen)
+        if self._sum is not None:
+            self._sum.add(base, x.contiguous(), chosen.spans)
+            return base
         return self._add_adapters(base, x, self.pool, chosen)
-
-    def _lay_out(self, pool: RankPool, chosen: AdapterSelection, edition: int) -> PackedRanks | None:
-        """Give the layout of the ranks in use, made now if there is time in this pass; None where there is none, or it were too large."""
-        if self._ranks is not None and self._ranks.edition == edition:
-            return self._ranks
-        self._ranks = None
-        numbers = (chosen.last - chosen.first) * len(self.part_features) * sum(self.part_features)
-        if numbers <= MAX_PACKED_NUMBERS and chosen.take_pack():
-            self._ranks = PackedRanks(pool, chosen.first, chosen.last, edition)
-        return self._ranks
 
     def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: AdapterSelection) -> torch.Tensor:
         """Add (x A') B in place: one product for all parts' A, then one per part into its columns, each reading only its own weights."""

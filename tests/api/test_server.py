@@ -24,7 +24,7 @@ from server.api.server import SERVICE_NAMES, ApiServer
 from tests.api.conftest import Api
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "psycopg", "numpy")
+HEAVY = ("torch", "transformers", "peft", "sqlalchemy", "psycopg", "numpy", "numba")
 States = health_pb2.HealthCheckResponse
 Watch: TypeAlias = "aio.UnaryStreamCall[training_service_pb2.WatchTrainingJobRequest, job_event_pb2.JobEvent]"
 
