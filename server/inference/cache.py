@@ -118,6 +118,11 @@ class RowCache(Cache):
         seen = pool[first : first + rows, :, : step.longest_tokens]
         return seen[:, :heads], seen[:, heads:]
 
+    def rows_of(self, layer: int) -> torch.Tensor:
+        """Give the keys and values [rows, 2 x heads, tokens, head size] of this pass's rows, to be read and written in place."""
+        first = self._current().first_row
+        return self._layers[layer][first : first + self._current().rows]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
