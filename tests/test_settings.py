@@ -32,12 +32,13 @@ def test_the_promised_variables_are_read() -> None:
 def test_models_to_load_ahead_are_named_one_after_the_other() -> None:
     settings = read(PRELOAD_MODELS="smollm2, mdl_1  mdl_2", PINNED_MODELS="mdl_3", MODEL_IDLE_SECONDS="60")
     assert (settings.preload_models, settings.pinned_models, settings.model_idle_seconds) == (("smollm2", "mdl_1", "mdl_2"), ("mdl_3",), 60)
-    assert (read().preload_models, read().engine_memory_bytes) == (None, None)
+    assert read(PRELOAD_MODELS="smollm2, mdl_1,").preload_models == ("smollm2", "mdl_1"), "a comma at the end names no model"
+    assert (read().preload_models, read().engine_memory_bytes) == ((), None)
     assert read(ENGINE_MEMORY_BYTES=str(8 << 30)).engine_memory_bytes == 8 << 30
 
 
 def test_engines_are_named_or_lie_behind_a_url_and_may_differ_by_base_model() -> None:
-    assert (read().engine, read().engine_routes) == ("embedded", None)
+    assert (read().engine, read().engine_routes) == ("embedded", ())
     settings = read(ENGINE="http://gpu-1:8000/v1/", ENGINE_ROUTES="smollm2=embedded, meta/Llama=https://gpu-2", ENGINE_DIALECT="vllm")
     assert (settings.engine, settings.engine_dialect) == ("http://gpu-1:8000/v1", "VLLM")
     assert settings.engine_routes == (("smollm2", "embedded"), ("meta/Llama", "https://gpu-2"))
@@ -131,6 +132,15 @@ def test_one_port_for_two_servers_is_refused() -> None:
 def test_a_deep_data_directory_still_has_sockets_that_fit(tmp_path: Path) -> None:
     settings = read(DATA_DIRECTORY=str(tmp_path / ("deep" * 30)))
     assert len(bytes(settings.engine_socket)) <= 107
+
+
+def test_a_socket_whose_path_is_longer_than_linux_allows_is_refused() -> None:
+    with pytest.raises(SettingsError, match="ENGINE_SOCKET must have at most 107 bytes"):
+        read(ENGINE_SOCKET=f"/{'long' * 30}")
+
+
+def test_a_relative_path_is_the_same_place_for_roles_that_start_elsewhere() -> None:
+    assert read(ENGINE_SOCKET="engine.sock").engine_socket == Path.cwd() / "engine.sock"
 
 
 def test_the_command_line_stops_with_the_name_of_the_variable() -> None:

@@ -52,7 +52,7 @@ async def run_api(settings: Settings, stop: asyncio.Event, ready_fd: int | None)
     try:
         await server.start()
         announce_ready(ready_fd)
-        preloader = Preloader(engine, references, settings.preload_models or (), settings.pinned_models or ())
+        preloader = Preloader(engine, references, settings.preload_models, settings.pinned_models)
         watches = [asyncio.create_task(_report_engine_health(engine, server)), asyncio.create_task(preloader.run(ORGANIZATION))]
         await stop.wait()
         for watch in watches:
@@ -71,7 +71,7 @@ def _build_services(
     files = open_files(settings)
     base_models = make_source(settings)
     hub = {"token": settings.hub_token, "endpoint": settings.hub_endpoint}
-    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots or ()], {"hf": hub})
+    sources = ImportRoots([ImportRoot.parse(root) for root in settings.dataset_import_roots], {"hf": hub})
     datasets = Datasets(database, files, InspectionProcesses(), sources, settings.max_dataset_bytes)
     documents = Documents(database, files, sources, settings.max_document_bytes)
     defaults = FineTuneDefaults(settings.default_batch_size, settings.default_learning_rate)

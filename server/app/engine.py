@@ -63,7 +63,7 @@ def _route_engines(
     def make(name: str) -> StoppableGenerator:
         if name == "vllm":
             options = VllmOptions(
-                settings.vllm_python, settings.vllm_arguments or (), settings.engine_socket.parent,
+                settings.vllm_python, settings.vllm_arguments, settings.engine_socket.parent,
                 lambda command: leash_command(command, signal.SIGTERM), max_requests, silence_seconds,
             )  # fmt: skip
             return VllmEngine(source, store, options, embedded.memory)
@@ -77,5 +77,5 @@ def _route_engines(
         return engines[name]
 
     default = find(settings.engine)
-    routes = {source.canonical_name(base_model): find(name) for base_model, name in settings.engine_routes or ()}
+    routes = {source.canonical_name(base_model): find(name) for base_model, name in settings.engine_routes}
     return RoutedEngine(embedded, default, routes) if len(engines) > 1 else embedded
