@@ -21,11 +21,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.__main__ import ENGINE_ENVIRONMENT
 from server.basemodels.loading import preferred_dtype
 from server.basemodels.sources import BaseModelSource
 from server.childprocess import measure_peak_memory
 from server.domain.generation import GenerationFinished, GenerationParameters, GenerationRequest, ModelReference
+from server.environment import ENGINE_ENVIRONMENT
 from server.inference.batching import BatchLimits
 from server.inference.engine import EmbeddedEngine
 from server.inference.library import LoadingOptions

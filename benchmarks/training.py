@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from server.__main__ import TORCH_ENVIRONMENT
 from server.childprocess import measure_peak_memory
+from server.environment import TORCH_ENVIRONMENT
 
 if TYPE_CHECKING:
     import torch

@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from server.environment import ENVIRONMENTS
+
 ROLES = {
     "up": "everything on this machine: PostgreSQL, migrations, engine, worker, api, Envoy",
     "api": "the gRPC server",
@@ -15,22 +17,6 @@ ROLES = {
     "inspect": "look through one file of records, under limits; started by the api",
     "migrate": "bring the database's tables up to date",
 }
-
-# Read by libraries when torch is imported; an environment that sets them wins.
-TORCH_ENVIRONMENT = {
-    # OpenMP's threads spin while they wait, and where processes share cores that takes nearly all of the time
-    # (training at load 12: 12 tokens per second with the default, 131 with this; on a quiet machine 10 % less than with the default).
-    "GOMP_SPINCOUNT": "1000",
-    # oneDNN keeps code for each shape of a product, 0.3 MB each, and ideep between it and torch keeps as much once more. Records of mixed
-    # lengths give new shapes at each step: with the defaults, 1,024 of each, a training grows by 0.1 GB per step until it has 0.6 GB more.
-    # A micro-batch uses some 100 shapes, over and over. Without the second cache products take as long as with it.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
-    "LRU_CACHE_CAPACITY": "1",
-}
-# The engine's threads wait awake for as long as two products lie apart; inference/spinning.py sees to it that they do only when alone.
-ENGINE_ENVIRONMENT = TORCH_ENVIRONMENT | {"GOMP_SPINCOUNT": "20000"}
-# Who imports torch. The others set nothing: their children would inherit it.
-ENVIRONMENTS = {"engine": ENGINE_ENVIRONMENT, "train": TORCH_ENVIRONMENT, "index": TORCH_ENVIRONMENT, "batch": TORCH_ENVIRONMENT}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run_inspection()
     # Before grpc is imported: children are started by exec, and its fork handlers can hang.
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-    # Before torch is.
+    # Before torch is. An environment that sets them wins.
     for name, value in ENVIRONMENTS.get(options.role, {}).items():
         os.environ.setdefault(name, value)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.__main__ import TORCH_ENVIRONMENT
 from server.domain.techniques import FullTechnique, Ia3, LoraTechnique, PrefixTuning, QloraTechnique, Technique
+from server.environment import TORCH_ENVIRONMENT
 from tests.training.one_job import TECHNIQUE
 
 CACHE = Path(__file__).parents[2] / ".data" / "cache"

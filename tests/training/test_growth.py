@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from server.__main__ import TORCH_ENVIRONMENT
+from server.environment import TORCH_ENVIRONMENT
 
 # Trains a tiny model on records of random lengths; prints its resident memory in bytes after each step.
 PROGRAM = """

@@ -10,11 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from server.domain.errors import ServiceError, Unavailable
+from server.environment import ENGINE_ENVIRONMENT
 
 # Adapters come while it serves. vLLM warns of it where everybody reaches the server; this one's socket is for this user only.
 VARIABLES = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-# Ours for our own torch (__main__.py), which would slow vLLM's.
-FOREIGN_VARIABLES = ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 # It loads the weights of the largest models in minutes.
 START_SECONDS = 1800.0
 LOOK_SECONDS = 0.25
@@ -76,7 +75,8 @@ class VllmProcess:
     async def _run(self) -> None:
         """Run it once, to its end. Its log is this process' own."""
         self._socket.unlink(missing_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES} | VARIABLES
+        # Without what this engine's own torch was given, which would slow vLLM's.
+        environment = {name: value for name, value in os.environ.items() if name not in ENGINE_ENVIRONMENT} | VARIABLES
         process = await asyncio.create_subprocess_exec(*self._command, env=environment, start_new_session=True)
         waiting = asyncio.create_task(self._wait_serving(time.monotonic()))
         try:
