@@ -78,17 +78,20 @@ class VllmProcess:
         # Without what this engine's own torch was given, which would slow vLLM's.
         environment = {name: value for name, value in os.environ.items() if name not in ENGINE_ENVIRONMENT} | VARIABLES
         process = await asyncio.create_subprocess_exec(*self._command, env=environment, start_new_session=True)
-        waiting = asyncio.create_task(self._wait_serving(time.monotonic()))
+        waiting = asyncio.create_task(self._wait_serving(process))
         try:
             await process.wait()
         finally:
             waiting.cancel()
             await _end(process)
 
-    async def _wait_serving(self, began: float) -> None:
+    async def _wait_serving(self, process: asyncio.subprocess.Process) -> None:
+        """Tell when it answers; end it where it never does, so that nobody waits for ever."""
+        began = time.monotonic()
         while not await self._answers():
             if time.monotonic() - began > START_SECONDS:
-                logger.error("vLLM for %s does not answer after %.0f s", self._name, START_SECONDS)
+                logger.error("vLLM for %s does not answer after %.0f s: it is ended", self._name, START_SECONDS)
+                await _end(process)
                 return
             await asyncio.sleep(LOOK_SECONDS)
         self._socket.chmod(0o600)

@@ -1,7 +1,8 @@
-"""A program that listens on a unix socket after a while, or ends before: `python -m … SOCKET (serve | fail)`."""
+"""A program that listens on a unix socket after a while, ends before, or never does either: `python -m … SOCKET (serve | fail | hang)`."""
 
 import asyncio
 import sys
+import time
 
 from aiohttp import web
 
@@ -23,4 +24,6 @@ async def main(socket: str) -> None:
 if __name__ == "__main__":
     if sys.argv[2] == "fail":
         sys.exit(1)
+    if sys.argv[2] == "hang":
+        time.sleep(600)
     asyncio.run(main(sys.argv[1]))

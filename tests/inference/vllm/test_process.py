@@ -71,3 +71,15 @@ async def test_one_that_cannot_start_says_so_to_all_who_wait_and_is_tried_ever_l
     assert [type(result) for result in results] == [Unavailable] * 3
     await eventually(lambda: server.deaths >= 3)
     assert (server.explain_death().data.retry_after_seconds or 0) >= 0.4
+
+
+async def test_one_that_never_answers_is_ended_and_started_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "START_SECONDS", 0.5)
+    server = make("hang")
+    await eventually(lambda: bool(find_programs()))
+    [first] = find_programs()
+    async with asyncio.timeout(10):
+        with pytest.raises(Unavailable):
+            await server.wait_ready()
+    await eventually(lambda: any(program.pid != first.pid for program in find_programs()))
+    assert not first.is_running()
