@@ -110,7 +110,7 @@ def measure_transformers(directory: Path, load: Load, rows: int) -> Figure:
 async def ask(engine: EmbeddedEngine, load: Load, adapter: str | None, delay_seconds: float) -> tuple[int, float]:
     """Send one request; give its completion tokens and the seconds to its first token."""
     await asyncio.sleep(delay_seconds)
-    # A bias against ending is not part of the API: a prompt that the model continues at length stands in for it.
+    # The prompt is one that the model continues at length: a bias against ending would cost time in each step.
     parameters = GenerationParameters(max_tokens=load.new_tokens, temperature=0.0)
     reference = ModelReference(adapter or "base", "base", version=1 if adapter else None, adapter_path=adapter)
     async for event in engine.generate(GenerationRequest("r", reference, parameters, prompt=load.prompt)):

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.inference import BASE_MODEL, PROMPT_TEXT, run_apart, save_adapters
 from benchmarks.service import Service, run_service
-from benchmarks.streams import Ask, Figures, median, percentile, run_streams
+from benchmarks.streams import Ask, Figures, percentile, run_streams
 from server.basemodels.sources import BaseModelSource
 from server.storage.artefacts import Artefact, ArtefactStore
 
@@ -101,17 +102,18 @@ def measure_vllm(bench: Bench) -> None:
     variables = {"ENGINE": "vllm", "VLLM_ARGUMENTS": arguments, **VLLM_VARIABLES}
     with run_service(bench.directory, bench.cache, BASE_MODEL, variables) as service:
         bench.run(service, [BASE_MODEL] * STREAMS, STREAMS, tokens, 8)
-        before = service.measure("api")
+        before = service.measure("api").processor_seconds
         ours = bench.run_best(service, [BASE_MODEL] * STREAMS)
-        _print_cost("api, engine vllm", before.processor_seconds, service, ours, bench.options.repeats)
+        cost = (service.measure("api").processor_seconds - before) / (ours.tokens * bench.options.repeats)
         known = _read_first_tokens(service)
         alone = bench.run(service, [BASE_MODEL] * ALONE, 1, tokens, FEW_TOKENS)
         seconds, count = (late - soon for late, soon in zip(_read_first_tokens(service), known, strict=True))
     print(f"vLLM offline, {STREAMS} requests           {offline:8.1f} tokens per second")
     print(f"engine vllm through gRPC, {STREAMS} streams{ours.rate:8.1f} tokens per second   {ours.rate / offline:5.3f}")
+    print(f"api: {cost * 1e6:.0f} us of processor time per token, {cost * 500:.1%} of a core at 500 tokens per second")
     first = [stream.first_seconds * 1000 for stream in alone.streams]
     print(f"first token, alone: AsyncLLM in its process {median(direct) * 1000:6.1f} ms, through gRPC {median(first):6.1f} ms (medians)")
-    served = sum(first) / len(first) - seconds / count * 1000
+    served = fmean(first) - seconds / count * 1000
     print(f"first token, alone: {served:.1f} ms after vLLM's server had it (means of {count:.0f}; its own /metrics)")
 
 
@@ -193,12 +195,6 @@ def _read_first_tokens(service: Service) -> tuple[float, float]:
     found = [re.search(rf"^vllm:time_to_first_token_seconds_{part}\{{[^}}]*\}} (\S+)", text, re.MULTILINE) for part in ("sum", "count")]
     seconds, count = (float(each[1]) if each else 0.0 for each in found)
     return seconds, count
-
-
-def _print_cost(name: str, before: float, service: Service, figures: Figures, runs: int) -> None:
-    """Say what the streams cost the api, scaled to 500 tokens per second."""
-    cost = (service.measure("api").processor_seconds - before) / (figures.tokens * runs)
-    print(f"{name}: {cost * 1e6:.0f} us of processor time per token, {cost * 500:.1%} of a core at 500 tokens per second")
 
 
 PARTS = {"vllm": measure_vllm, "peers": measure_peers, "streams": measure_streams, "adapters": measure_adapters}

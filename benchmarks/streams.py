@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -31,12 +30,11 @@ class Ask:
 
 @dataclass(frozen=True)
 class Stream:
-    """One answer. Seconds from sending to its first text, between its texts, and what the engine says of its first token."""
+    """One answer. Seconds from sending to its first text and between its texts, and those that the engine was loading for it."""
 
     tokens: int
     first_seconds: float
     gap_seconds: Sequence[float]
-    engine_first_seconds: float
     load_seconds: float
 
 
@@ -65,21 +63,11 @@ class Figures:
         """Give a percentile of the time between two texts of a stream in milliseconds."""
         return percentile([gap for stream in self.streams for gap in stream.gap_seconds], percent) * 1000
 
-    @property
-    def added_ms(self) -> Sequence[float]:
-        """Give for each stream what its first token took beyond what the engine itself says, there and back, in milliseconds."""
-        return [(stream.first_seconds - stream.engine_first_seconds) * 1000 for stream in self.streams]
-
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """Give the value below which so many percent lie (nearest rank)."""
     ranked = sorted(values)
     return ranked[min(len(ranked) - 1, len(ranked) * percent // 100)] if ranked else 0.0
-
-
-def median(values: Sequence[float]) -> float:
-    """Give the value in the middle."""
-    return statistics.median(values)
 
 
 @asynccontextmanager
@@ -115,7 +103,6 @@ def _read(start: float, times: Sequence[float], messages: Sequence[pb.StreamGene
         finished.usage.completion_tokens,
         (texts or times)[0] - start,
         gaps,
-        timings.first_token_seconds,
         timings.load_seconds + timings.adapter_load_seconds,
     )
 
