@@ -52,7 +52,7 @@ class Connection:
 
     async def list_models(self) -> Sequence[Card]:
         """Give the models that are served. Its answer is the server's health."""
-        with translate_transport():
+        with _translate_transport():
             response = await self._client.get(f"{self._url}/v1/models", timeout=DESCRIBE_SECONDS)
         _check(response)
         try:
@@ -63,7 +63,7 @@ class Connection:
     @asynccontextmanager
     async def complete(self, body: Mapping[str, object]) -> AsyncIterator[AsyncIterator[Event]]:
         """Ask for a completion; give its events. Leaving the block closes the connection, by which the server knows to stop."""
-        with translate_transport():
+        with _translate_transport():
             async with self._client.stream("POST", f"{self._url}/v1/completions", json=body) as response:
                 if not response.is_success:
                     await response.aread()
@@ -94,12 +94,12 @@ class Connection:
             _check(response)
 
     async def _post(self, call: str, body: Mapping[str, object]) -> httpx2.Response:
-        with translate_transport():
+        with _translate_transport():
             return await self._client.post(f"{self._url}/v1/{call}", json=body)
 
 
 @contextmanager
-def translate_transport() -> Iterator[None]:
+def _translate_transport() -> Iterator[None]:
     """Make what goes wrong with a connection a typed error."""
     try:
         yield

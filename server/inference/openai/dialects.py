@@ -39,6 +39,7 @@ def recognise(cards: Sequence[Card]) -> Dialect:
 
 def write_body(dialect: Dialect, served_name: str, order: Order) -> Mapping[str, object]:
     """Write a request for a completion. The prompt goes as tokens: no second template or tokenizer applies. Raises Unimplemented."""
+    _refuse(_list_unknown(dialect, order.request))
     parameters = order.request.parameters
     body: dict[str, object] = {
         "model": served_name,
@@ -56,7 +57,6 @@ def write_body(dialect: Dialect, served_name: str, order: Order) -> Mapping[str,
         body["logit_bias"] = {str(token_id): bias for token_id, bias in parameters.logit_bias.items()}
     if parameters.logprobs is not None:
         body["logprobs"] = parameters.logprobs
-    _refuse(_list_unknown(dialect, order.request))
     if dialect is Dialect.OPENAI:
         return {**body, "stop": list(parameters.stop)} if parameters.stop else body
     return {**body, **_write_extras(dialect, order)}

@@ -44,12 +44,11 @@ class Served:
 
     async def find(self, base_model: str) -> Card:
         """Give the served model that a base model is, by its name or by where its files lie. Raises ModelGone."""
-        for cards in (self._cards, None):
-            for card in await self.refresh() if cards is None else cards:
-                if card.parent is None and base_model in (card.id, card.root):
-                    return card
-        names = ", ".join(card.id for card in self._cards if card.parent is None) or "none"
-        raise ModelGone(f"The server for {base_model} does not serve it. It serves: {names}.")
+        card = _find(base_model, self._cards) or _find(base_model, await self.refresh())
+        if card is None:
+            names = ", ".join(card.id for card in self._cards if card.parent is None) or "none"
+            raise ModelGone(f"The server for {base_model} does not serve it. It serves: {names}.")
+        return card
 
     async def give_adapter(self, model_id: str, name: str, directory: Path) -> None:
         """Let the server load an adapter that it was not given yet. Raises FailedPrecondition where it cannot."""
@@ -70,3 +69,7 @@ class Served:
         """Let the server forget all adapters of a model."""
         for name in [name for name, owner in self._adapters.items() if owner == model_id]:
             await self.take_adapter(name)
+
+
+def _find(base_model: str, cards: Sequence[Card]) -> Card | None:
+    return next((card for card in cards if card.parent is None and base_model in (card.id, card.root)), None)
