@@ -8,7 +8,7 @@ from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.childprocess import Emit, Signals
-    from server.domain.orders import BatchOrder, Order
+    from server.domain.orders import BatchOrder, ExportOrder, FineTuneOrder, IndexOrder, Order
 
 TOKEN_CACHE_BYTES = 4 << 30  # some 500 million tokens of datasets that were trained on, oldest use dropped first
 
@@ -20,37 +20,49 @@ def run_child_role(role: str, settings: Settings, events_fd: int) -> int:
 
     if role != "batch":
         prepare_torch(settings)
-    source = make_source(settings)
 
     def work(order: "Order", emit: "Emit", signals: "Signals") -> None:
-        if isinstance(order, FineTuneOrder) and role == "train":
-            from server.datafiles.tokencache import TokenCache
-            from server.training.run import run_fine_tune
-
-            cache = TokenCache(settings.cache_path / "tokens", TOKEN_CACHE_BYTES)
-            run_fine_tune(order, open_artefacts(settings), source, emit, signals, cache)
-        elif isinstance(order, ExportOrder) and role == "train":
-            from server.training.export import run_export
-
-            run_export(order, open_artefacts(settings), source, emit, signals)
-        elif isinstance(order, IndexOrder) and role == "index":
-            from server.rag.embedding import Embedder
-            from server.rag.index_child import run_index
-            from server.rag.parsing.document import Limits
-
-            files = open_files(settings)
-            embedder = Embedder(lambda name: source.resolve(name).directory, hashes_path=settings.cache_path / WEIGHT_HASHES)
-            limits = Limits(file_bytes=settings.max_document_bytes)
-            run_index(
-                order, settings.storage_path, embedder, emit, signals.should_stop,
-                fetch=lambda path: asyncio.run(files.fetch(path)), limits=limits,
-            )  # fmt: skip
-        elif isinstance(order, BatchOrder) and role == "batch":
-            asyncio.run(_answer_batch(settings, order, emit, signals))
-        else:
-            raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
+        match role, order:
+            case "train", FineTuneOrder():
+                _fine_tune(settings, order, emit, signals)
+            case "train", ExportOrder():
+                _export(settings, order, emit, signals)
+            case "index", IndexOrder():
+                _index(settings, order, emit, signals)
+            case "batch", BatchOrder():
+                asyncio.run(_answer_batch(settings, order, emit, signals))
+            case _:
+                raise ValueError(f"the role {role} does not take an order of kind {order.kind}")
 
     return run_child(work, events_fd)
+
+
+def _fine_tune(settings: Settings, order: "FineTuneOrder", emit: "Emit", signals: "Signals") -> None:
+    from server.datafiles.tokencache import TokenCache
+    from server.training.run import run_fine_tune
+
+    cache = TokenCache(settings.cache_path / "tokens", TOKEN_CACHE_BYTES)
+    run_fine_tune(order, open_artefacts(settings), make_source(settings), emit, signals, cache)
+
+
+def _export(settings: Settings, order: "ExportOrder", emit: "Emit", signals: "Signals") -> None:
+    from server.training.export import run_export
+
+    run_export(order, open_artefacts(settings), make_source(settings), emit, signals)
+
+
+def _index(settings: Settings, order: "IndexOrder", emit: "Emit", signals: "Signals") -> None:
+    from server.rag.embedding import Embedder
+    from server.rag.index_child import run_index
+    from server.rag.parsing.document import Limits
+
+    files, source = open_files(settings), make_source(settings)
+    embedder = Embedder(lambda name: source.resolve(name).directory, hashes_path=settings.cache_path / WEIGHT_HASHES)
+    limits = Limits(file_bytes=settings.max_document_bytes)
+    run_index(
+        order, settings.storage_path, embedder, emit, signals.should_stop,
+        fetch=lambda path: asyncio.run(files.fetch(path)), limits=limits,
+    )  # fmt: skip
 
 
 async def _answer_batch(settings: Settings, order: "BatchOrder", emit: "Emit", signals: "Signals") -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from pathlib import Path
 
 import psutil
 
@@ -39,12 +40,16 @@ async def run_engine(settings: Settings, stop: asyncio.Event, ready_fd: int | No
     store = open_artefacts(settings)
     memory_bytes = psutil.virtual_memory().total
     shelf = Shelf(int(memory_bytes * ENCODERS_MEMORY_SHARE))
+
+    def locate(name: str) -> Path:
+        return source.resolve(name).directory
+
     embedded = EmbeddedEngine(
         base_models=source,
         versions=store,
-        embedder=Embedder(lambda name: source.resolve(name).directory, shelf, hashes_path=settings.cache_path / WEIGHT_HASHES),
-        reranker=CrossEncoders(lambda name: source.resolve(name).directory, shelf),
-        previewer=Previewer(lambda name: source.resolve(name).directory, store.locate),
+        embedder=Embedder(locate, shelf, hashes_path=settings.cache_path / WEIGHT_HASHES),
+        reranker=CrossEncoders(locate, shelf),
+        previewer=Previewer(locate, store.locate),
         options=LoadingOptions(BatchLimits(settings.max_concurrent_generations, settings.max_queued_generations, settings.kv_cache_tokens)),
         max_model_bytes=settings.engine_memory_bytes or int(memory_bytes * ENGINE_MEMORY_SHARE),
         idle_seconds=settings.model_idle_seconds,
