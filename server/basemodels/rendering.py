@@ -41,12 +41,6 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], 
     return renderer.encoder.encode(renderer.lay_out(messages, add_generation_prompt=add_generation_prompt))
 
 
-def render_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str | None = None) -> Rendered:
-    """Render a prompt that is continued as it is, without chat template; with a completion, that and the end token are trained."""
-    renderer = Renderer(tokenizer)
-    return renderer.encoder.encode(renderer.lay_out_plain(prompt, completion))
-
-
 def find_stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Give the tokens that end an answer: the tokenizer's end token and the one that closes the template's assistant turn."""
     rendered = render(tokenizer, PROBE)

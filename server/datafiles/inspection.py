@@ -33,7 +33,6 @@ MAX_MEMORY_BYTES = 4 << 30
 BASE_CPU_SECONDS = 60
 BYTES_PER_CPU_SECOND = 8 << 20  # a third of what was measured
 MAX_OPEN_FILES = 64
-MAX_FINISHING_SECONDS = 5
 
 
 @dataclass(slots=True)

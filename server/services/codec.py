@@ -7,7 +7,6 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypeForm
 
 from server.domain.events import ChildEvent, LoggedPayload
-from server.domain.generation import TokenEvent
 from server.domain.orders import Order
 from server.domain.specs import Spec
 
@@ -48,4 +47,3 @@ ORDER = Codec[Order](Order)
 CHILD_EVENT = Codec[ChildEvent](ChildEvent)
 LOGGED_PAYLOAD = Codec[LoggedPayload](LoggedPayload)
 SPEC = Codec[Spec](Spec)
-TOKEN_EVENT = Codec[TokenEvent](TokenEvent)

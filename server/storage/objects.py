@@ -27,7 +27,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 5, "mode": "standard"}}},
     "gs": {},
 }
-SCHEMES = tuple(_OPTIONS)
 
 
 class StorageUnavailable(Unavailable):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from server.basemodels.encoding import Rendered
 from server.basemodels.errors import RenderingRefused
 from server.basemodels.loading import load_tokenizer
-from server.basemodels.rendering import find_stop_token_ids, hash_template, render, render_completion
+from server.basemodels.rendering import Renderer, find_stop_token_ids, hash_template, render
 from server.domain.generation import ChatMessage, Role
 from tests.tiny_models import FAMILIES, build_tiny_causal_model
 
@@ -23,6 +24,11 @@ CONVERSATION = (
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     family, template = request.param
     return load_tokenizer(build_tiny_causal_model(tmp_path_factory.mktemp(family), family, chat_template=template))
+
+
+def render_completion(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str | None = None) -> Rendered:
+    renderer = Renderer(tokenizer)
+    return renderer.encoder.encode(renderer.lay_out_plain(prompt, completion))
 
 
 def trained_texts(tokenizer: PreTrainedTokenizerBase, messages: tuple[ChatMessage, ...]) -> list[str]:
