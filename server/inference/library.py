@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -55,14 +56,25 @@ class BaseModelResolver(Protocol):
         """Give a verified local directory, of that revision where one is named. Blocking. Raises ServiceError, where it is gone too."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LoadedAdapter:
-    """What a version adds to shared weights, matrices or a prefix of virtual tokens, and the voice that it was trained with."""
+    """What a version adds to shared weights, matrices or a prefix of virtual tokens, and the voice that it was trained with.
+
+    `users` are requests between their arrival and their end, counted on the event loop as a model's are.
+    """
 
     model_id: str
     voice: Voice
     matrices: NamedAdapter | None = None
     prefix: torch.Tensor | None = None
+    users: int = 0
+    last_use: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """What it keeps in memory beside the copy in the pool, whose size is that of its ranks."""
+        pairs = () if self.matrices is None else self.matrices.adapter.matrices.values()
+        return sum(matrix.nbytes for pair in pairs for matrix in pair) + (0 if self.prefix is None else self.prefix.nbytes)
 
     @property
     def prefix_tokens(self) -> int:

@@ -34,7 +34,8 @@ from server.inference.stepping import Stepper
 from server.inference.voice import Voice
 
 T = TypeVar("T")
-# Adapters whose matrices stay in memory beside the pool; a rank-16 adapter of a 7B model takes some 160 MB as float32.
+# Adapters that nobody uses and whose matrices stay in memory beside the pool, if the memory budget has room for so many: those of rank 16
+# of a 7B model take some 160 MB as float32, those of rank 256 sixteen times that.
 MAX_KEPT_ADAPTERS = 32
 # What was found out about versions: a few hundred bytes each.
 MAX_KEPT_PLANS = 4096
@@ -58,7 +59,7 @@ class Use:
 
 
 class Residents:
-    """Models and adapters in memory. `stepper` steps their batches; the weights count against `memory`."""
+    """Models and adapters in memory. `stepper` steps their batches; both count against `memory`."""
 
     def __init__(
         self,
@@ -91,12 +92,13 @@ class Residents:
         """Give a reference's weights and adapter, loaded if they were not; they stay until the block ends. Raises ServiceError."""
         start = time.monotonic()
         plan, model = await self._enter(reference)
+        adapter: LoadedAdapter | None = None
         try:
             entered = time.monotonic()
             adapter = await self._find_adapter(reference, plan, model)
             yield Use(model, adapter, entered - start, time.monotonic() - entered)
         finally:
-            self._leave(model)
+            self._leave(model, adapter)
 
     async def load(self, reference: ModelReference, *, pinned: bool) -> None:
         """Load what a reference needs; pinned, it stays until `unload` or `forget`."""
@@ -131,13 +133,15 @@ class Residents:
                 await self._unload(weights)
 
     def list_holdings(self) -> Sequence[Holding]:
-        """Give all weights that are loaded."""
-        return [
-            Holding(
-                weights.base_model, model.decoder.weight_bytes, model.last_use, self._may_leave(weights), partial(self._unload, weights)
-            )
-            for weights, model in self._models.items()
-        ]
+        """Give all weights that are loaded, and all adapters beside them."""
+        holdings: list[Holding] = []
+        for weights, model in self._models.items():
+            unload = partial(self._unload, weights)
+            holdings.append(Holding(weights.base_model, model.decoder.weight_bytes, model.last_use, self._may_leave(weights), unload))
+            for name, adapter in model.adapters.items():
+                drop = partial(self._drop_adapters, model, [name])
+                holdings.append(Holding(adapter.model_id, adapter.size_bytes, adapter.last_use, self._is_spare(name, adapter), drop))
+        return holdings
 
     def describe(self) -> Sequence[ModelStatus]:
         """Tell what is loaded and how busy it is."""
@@ -171,9 +175,12 @@ class Residents:
         model.last_use = time.monotonic()
         return plan, model
 
-    def _leave(self, model: LoadedModel) -> None:
+    def _leave(self, model: LoadedModel, adapter: LoadedAdapter | None) -> None:
         model.users -= 1
         model.last_use = time.monotonic()
+        if adapter is not None:
+            adapter.users -= 1
+            adapter.last_use = model.last_use
         if model.users == 0 and model.is_forgotten:
             for weights in [weights for weights, loaded in self._models.items() if loaded is model]:
                 removal = asyncio.get_running_loop().create_task(self._unload(weights))
@@ -249,6 +256,9 @@ class Residents:
     def _may_leave(self, weights: Weights) -> bool:
         return self._models[weights].users == 0 and weights not in self._pins.values()
 
+    def _is_spare(self, name: str, adapter: LoadedAdapter) -> bool:
+        return adapter.users == 0 and name not in self._pins
+
     async def _retire(self, weights: Weights, model: LoadedModel) -> None:
         """Unload weights now, or with their last user."""
         model.is_forgotten = True
@@ -273,9 +283,10 @@ class Residents:
         if adapter is None:
             key = f"adapter {plan.name} of {id(model)}"
             adapter = await self._load_once(key, lambda: self._guard(reference, self._load_adapter(reference, plan, model)))
-        model.adapters[plan.name] = adapter
+        adapter.users += 1
+        model.adapters[plan.name] = adapter  # it may have left again before this task went on
         model.adapters.move_to_end(plan.name)
-        for name in [name for name in model.adapters if name not in self._pins][:-MAX_KEPT_ADAPTERS]:
+        for name in [name for name, kept in model.adapters.items() if self._is_spare(name, kept)][:-MAX_KEPT_ADAPTERS]:
             del model.adapters[name]
         return adapter
 
@@ -288,7 +299,11 @@ class Residents:
         if files.embeddings is not None:
             # The model belongs to the stepper: a pass of anyone else would mix with its own.
             prefix = await self._stepper.call(partial(model.decoder.compute_prefix, files.embeddings))
-        return LoadedAdapter(reference.model_id, files.voice, files.matrices, prefix)
+        adapter = LoadedAdapter(reference.model_id, files.voice, files.matrices, prefix)
+        # Only now: from a file's size one cannot tell what its adapter unfolds to (VeRA's is a fraction of it).
+        async with self._memory.reserve(adapter.size_bytes):
+            model.adapters[plan.name] = adapter
+        return adapter
 
 
 def _name(reference: ModelReference, plan: ServingPlan) -> str:

@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from server.basemodels.inspection import fingerprint_directory
 from server.basemodels.sources import BaseModelSource
-from server.domain.errors import FailedPrecondition, InvalidInput, ServiceError
+from server.domain.errors import FailedPrecondition, InvalidInput, ResourceExhausted, ServiceError
 from server.domain.generation import GenerationRequest, ModelReference
 from server.inference.engine import EmbeddedEngine
+from server.inference.plans import name_version
 from server.storage.artefacts import Artefact, ArtefactStore, Described
 from tests.inference.asking import Answer, ask, collect
 from tests.inference.engines import make_engine
@@ -155,6 +156,47 @@ async def test_own_weights_count_against_the_budget_and_leave_by_last_use(tiny: 
     assert all(model.variant.startswith("mdl_tiny ") and model.weight_bytes >= size // 2 for model in status.models)
     again = [(await collect(engine.generate(ask_version(version)))).text for version in versions.values()]
     assert again == texts
+    await engine.stop()
+
+
+async def test_adapters_count_against_the_budget_and_leave_by_last_use(tiny: Tiny, tmp_path: Path) -> None:
+    versions = [make_version(tmp_path, f"v{seed}", tiny("llama"), "lora", seed=seed) for seed in range(4)]
+    adapter_bytes = sum(4 * tensor.numel() for tensor in load_file(versions[0].directory / "adapter_model.safetensors").values())
+    base_bytes = sum(parameter.nbytes for parameter in load_plain(tiny("llama")).parameters())
+    engine = make_engine({"llama": tiny("llama")}, tmp_path, max_model_bytes=base_bytes + 2 * adapter_bytes + adapter_bytes // 2)
+    engine.start()
+    names = {name_version(ask_version(version).model): number for number, version in enumerate(versions)}
+
+    async def list_held(*numbers: int) -> list[int]:
+        """Ask versions, one after the other; then give those that are in memory, the last used one last."""
+        for number in numbers:
+            await collect(engine.generate(ask_version(versions[number])))
+        (model,) = engine._residents._models.values()
+        return [names[name] for name in model.adapters]
+
+    assert await list_held(0, 1) == [0, 1]
+    assert await list_held(2) == [1, 2]
+    assert await list_held(1, 3) == [1, 3]
+    async with aclosing(engine.generate(ask(PROMPT, adapter=versions[1].path, max_tokens=400))) as events:
+        await anext(events)
+        assert await list_held(2, 0) == [1, 0], "an adapter in use stays"
+    await assert_says_what_peft_says(engine, versions[2], tiny("llama"))
+    await engine.stop()
+
+
+async def test_an_adapter_for_which_there_is_no_memory_is_refused_and_its_base_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    version = make_version(tmp_path, "v", tiny("llama"), "vera")
+    base_bytes = sum(parameter.nbytes for parameter in load_plain(tiny("llama")).parameters())
+    engine = make_engine(
+        {"llama": tiny("llama")}, tmp_path, max_model_bytes=base_bytes + (version.directory / "adapter_model.safetensors").stat().st_size
+    )
+    engine.start()
+    with pytest.raises(ResourceExhausted) as refused:
+        await collect(engine.generate(ask_version(version)))
+    assert refused.value.reason == "ENGINE_MEMORY_BUSY"
+    assert (await collect(engine.generate(ask(PROMPT)))).text
+    status = await engine.describe()
+    assert (status.models[0].adapters_loaded, list(status.quarantined)) == (0, [])
     await engine.stop()
 
 
