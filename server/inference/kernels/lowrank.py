@@ -78,7 +78,13 @@ class LowRankSum:
         self._work_per_rank = parts * width + sum(features)
 
     def add(self, base: torch.Tensor, x: torch.Tensor, spans: Spans) -> None:
-        """Add to base [rows, tokens, out], in place, what the rows' adapters make of x [rows, tokens, in]; both contiguous."""
+        """Add to base [rows, tokens, out], in place, what the rows' adapters make of x [rows, tokens, in]; both contiguous.
+
+        Raises ValueError for other shapes or numbers, which the kernel would read and write all the same.
+        """
+        is_known = x.dim() == 3 and base.shape[:2] == x.shape[:2] and x.shape[0] == spans.rows and base.is_contiguous()
+        if not is_known or not x.dtype == base.dtype == torch.bfloat16:
+            raise ValueError(f"adapters for {x.dtype} {tuple(x.shape)} and {spans.rows} rows are not computed here")
         values, tokens = self._block.values, x.shape[1]
         values[_ROWS], values[_TOKENS], values[_RANKS], values[_SPANS] = spans.rows, tokens, spans.most_ranks, spans.address
         values[_X], values[_BASE] = x.data_ptr(), base.data_ptr()

@@ -6,6 +6,7 @@ libgomp's GOMP_parallel(function, data, threads, flags) is what a compiler makes
 
 import ctypes
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from functools import cache, cached_property
@@ -19,6 +20,7 @@ from numba import cfunc, types
 from server.inference.kernels.memory import load_integer
 from server.inference.kernels.products import compiled
 
+_FOLDER = Path(__file__).parent
 # Names of our own for two functions of torch's libgomp: a process may hold other copies of that library.
 _THREAD, _THREADS = "model_training_thread", "model_training_threads"
 thread_number: Any = types.ExternalFunction(_THREAD, types.intc())
@@ -50,11 +52,8 @@ class Kernel:
         find_team()
         # numba's cache looks at a function's own file, not at those that it calls: the name says for which text of all of them it is.
         self._function.__qualname__ += f"_{_read_digest()}"
-        signature = types.void(types.intp)
-        try:
-            self._compiled = cfunc(signature, cache=True)(self._function)
-        except RuntimeError:  # no folder to write to: neither beside this file nor in the user's cache
-            self._compiled = cfunc(signature)(self._function)
+        # Beside the code or not at all: elsewhere it would be code that a service whose own code is read-only can change.
+        self._compiled = cfunc(types.void(types.intp), cache=os.access(_FOLDER, os.W_OK))(self._function)
         return int(self._compiled.address or 0)
 
     @cached_property
@@ -65,7 +64,7 @@ class Kernel:
 
 @cache
 def _read_digest() -> str:
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [path.read_bytes() for path in sorted(_FOLDER.glob("*.py"))]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 

@@ -110,3 +110,16 @@ def test_an_overflow_in_one_adapter_stays_in_its_rows() -> None:
     output = setup.project(x, ["good", "huge"])
     assert_near(output[:1], setup.expect(x[:1], ["good"]))
     assert not torch.isfinite(output[1]).all()
+
+
+def test_a_shape_that_the_kernel_does_not_know_is_refused_and_nothing_written() -> None:
+    setup = Setup()
+    setup.put("one", 4)
+    x = make_rows(2)
+    for wrong, names in ((x[:, 0], ["one", "one"]), (x, ["one"]), (x.float(), ["one", "one"])):
+        setup.pool.select(names)
+        base = torch.zeros(*wrong.shape[:-1], sum(OUTPUTS), dtype=wrong.dtype)
+        assert setup.projection._sum is not None
+        with pytest.raises(ValueError, match="not computed here"):
+            setup.projection._sum.add(base, wrong, setup.selection.spans)
+        assert not base.any()
