@@ -33,16 +33,11 @@ MIXES = (3, 8)  # adapters over which the streams go
 SHORT_PROMPT_TOKENS, SHORT_NEW_TOKENS = 32, 24  # where there are many requests
 LOAD_SECONDS = 1e-3  # whoever waited longer for an adapter found it not loaded
 ALONE, FEW_TOKENS = 20, 8  # requests one after the other, for the first token, and what each may write
-# The same for both sides: vLLM's defaults depend on whether it serves. The first three are what the engine `vllm` sets itself.
-VLLM_SETTINGS: Mapping[str, Any] = {
-    "enable_lora": True,
-    "max_lora_rank": 64,
-    "scheduling_policy": "priority",
-    "max_model_len": 1024,
-    "max_num_batched_tokens": 2048,
-    "max_num_seqs": 128,
-}
-VLLM_ARGUMENTS = "--max-model-len 1024 --max-num-batched-tokens 2048 --max-num-seqs 128"
+# The same for both sides: vLLM's defaults depend on whether it serves.
+VLLM_LIMITS = {"max_model_len": 1024, "max_num_batched_tokens": 2048, "max_num_seqs": 128}
+VLLM_ARGUMENTS = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in VLLM_LIMITS.items())
+# And what the engine `vllm` sets by itself.
+VLLM_SETTINGS: Mapping[str, Any] = {"enable_lora": True, "max_lora_rank": 64, "scheduling_policy": "priority", **VLLM_LIMITS}
 VLLM_VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 # With adapters, as one would set it up for them: room for all at once, and no more rank than they have.
 ADAPTER_SETTINGS = {**VLLM_SETTINGS, "max_loras": 8, "max_lora_rank": 16}

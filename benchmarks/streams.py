@@ -109,12 +109,11 @@ def _read(start: float, times: Sequence[float], messages: Sequence[pb.StreamGene
 
 async def run_streams(target: str, asked: Sequence[Ask], at_once: int) -> Figures:
     """Run requests in their order, so many at a time: as one ends the next begins."""
-    waiting = list(enumerate(asked))[::-1]
+    waiting = enumerate(asked)  # each worker takes the next
     streams: dict[int, Stream] = {}
 
     async def work(send: Send) -> None:
-        while waiting:
-            place, one = waiting.pop()
+        for place, one in waiting:
             streams[place] = await ask(send, one)
 
     async with connect(target, at_once) as sends:
