@@ -127,7 +127,7 @@ class OpenAIEngine:
         try:
             yield
         finally:
-            self._running[base_model] -= 1
+            self._running -= Counter((base_model,))  # which keeps no zeros: anybody can make up a name
 
     async def _open(self, reference: ModelReference) -> Spoken:
         known = self._voices.find(reference)
