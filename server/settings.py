@@ -177,10 +177,13 @@ class Settings:
         "ENGINE_MEMORY_BYTES",
         integer(1 << 20, 1 << 50),
         "",
-        "Memory that the weights of the engine's models may take together; a larger model is refused. Unset: two fifths of this machine's.",
+        "Memory that the engine's models and adapters may take together; a larger model is refused. Unset: two fifths of this machine's.",
     )
     model_idle_seconds: float = _variable(
-        "MODEL_IDLE_SECONDS", number(0.0, 1e9), "3600", "A model that the engine has loaded and that nobody asks for so long is unloaded."
+        "MODEL_IDLE_SECONDS",
+        number(0.0, 1e9),
+        "3600",
+        "A model or adapter that the engine has loaded and that nobody asks for so long is unloaded.",
     )
     preload_models: tuple[str, ...] = _variable(
         "PRELOAD_MODELS",

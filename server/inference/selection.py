@@ -19,11 +19,6 @@ class AdapterSelection:
         self._ranges: Sequence[tuple[int, int]] = ()
         self._device = torch.device("cpu")
 
-    @property
-    def is_empty(self) -> bool:
-        """True when every row runs on the bare base."""
-        return self.last == self.first
-
     def choose(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
         """Set one range of ranks per row; an empty range is the bare base."""
         for kept in ("spans", "foreign"):

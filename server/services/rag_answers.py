@@ -118,9 +118,16 @@ def _finish(
 ) -> RagFinished:
     cited, parameters = cite_answer(text, chunks), end.fill_in(request.parameters)
     return RagFinished(
-        end.finish_reason, end.usage, end.timings, request.model_id, generator, cited.citations, cited.dropped_count,
-        grounded=True, parameters=parameters,
-    )  # fmt: skip
+        end.finish_reason,
+        end.usage,
+        end.timings,
+        request.model_id,
+        generator,
+        cited.citations,
+        cited.dropped_count,
+        grounded=True,
+        parameters=parameters,
+    )
 
 
 def _say_not_found(request: RagGenerate, generator: ModelReference, retrieved: Retrieved) -> Sequence[RagEvent]:

@@ -113,7 +113,10 @@ class RowAttention:
 
         `rotary` holds cosine and signed sine [rows, ..., size], `positions` [rows, 1] int64 says where each row's new token stands; its key
         and value are put there in `cache` [rows, 2 x key heads, tokens, size]. `longest` is the largest position + 1.
+        Raises IndexError for one that the cache does not have: the kernel would write there all the same.
         """
+        if longest > cache.shape[2] or merged.shape[0] > cache.shape[0]:
+            raise IndexError(f"{merged.shape[0]} rows of up to {longest} tokens in a cache of {cache.shape[0]} of {cache.shape[2]}")
         merged, cosine, sine, positions = merged.contiguous(), rotary[0].contiguous(), rotary[1].contiguous(), positions.contiguous()
         values, rows = self._block.values, merged.shape[0]
         heads, key_heads, size = values[_HEADS], values[_KEY_HEADS], values[_SIZE]

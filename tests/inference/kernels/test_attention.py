@@ -90,3 +90,10 @@ def test_a_number_that_is_none_stays_in_its_row_and_is_seen_there(team: Team) ->
     output = setup.attend(team)
     assert torch.isfinite(output[:3]).all()
     assert output[3].isnan().any()
+
+
+def test_a_row_beyond_the_cache_is_refused(team: Team) -> None:
+    setup = Setup(2, 4, 2, 64)
+    setup.positions[1] = TOKENS
+    with pytest.raises(IndexError, match="up to 301 tokens in a cache of 2 of 300"):
+        setup.attend(team)
