@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from server.inference.kernels.lowrank import LowRankSum
 from server.inference.kernels.team import find_team_for
-from server.inference.selection import AdapterSelection
+from server.inference.selection import AdapterSelection, RankUse
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Projection(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Project, and add what the rows' adapters say."""
         base: torch.Tensor = self._packed(x) if self._packed is not None else self._module(x)  # type: ignore[misc]  # one of the two is set
-        chosen = self._selection
+        chosen = self._selection.current
         if chosen.first == chosen.last or self.pool is None:
             return base
         if self._sum is not None:
@@ -82,7 +82,7 @@ class Projection(nn.Module):
             return base
         return self._add_adapters(base, x, self.pool, chosen)
 
-    def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: AdapterSelection) -> torch.Tensor:
+    def _add_adapters(self, base: torch.Tensor, x: torch.Tensor, pool: RankPool, chosen: RankUse) -> torch.Tensor:
         """Add (x A') B in place: one product for all parts' A, then one per part into its columns, each reading only its own weights."""
         down = pool.down[chosen.first : chosen.last]
         ranks, parts, width = down.shape

@@ -8,24 +8,13 @@ import torch
 from server.inference.kernels.lowrank import Spans
 
 
-class AdapterSelection:
-    """Which adapter ranks the rows of the current pass use, shared by all projections of a model.
+class RankUse:
+    """The ranks of one pass: one range per row, an empty one for the bare base; `first` and `last` bound those in use."""
 
-    `first` and `last` bound the ranks in use.
-    """
-
-    def __init__(self) -> None:
-        self.first, self.last = 0, 0
-        self._ranges: Sequence[tuple[int, int]] = ()
-        self._device = torch.device("cpu")
-
-    def choose(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
-        """Set one range of ranks per row; an empty range is the bare base."""
-        for kept in ("spans", "foreign"):
-            self.__dict__.pop(kept, None)
+    def __init__(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
         used = [r for r in ranges if r[0] < r[1]]
-        self._ranges, self._device = ranges, device
         self.first, self.last = (min(r[0] for r in used), max(r[1] for r in used)) if used else (0, 0)
+        self._ranges, self._device = ranges, device
 
     @cached_property
     def spans(self) -> Spans:
@@ -43,3 +32,14 @@ class AdapterSelection:
         bounds = torch.tensor(self._ranges, device=self._device)
         ranks = torch.arange(self.first, self.last, device=self._device)
         return ((ranks < bounds[:, :1]) | (ranks >= bounds[:, 1:])).unsqueeze(1)
+
+
+class AdapterSelection:
+    """What the current pass uses, shared by all projections of a model."""
+
+    def __init__(self) -> None:
+        self.current = RankUse((), torch.device("cpu"))
+
+    def choose(self, ranges: Sequence[tuple[int, int]], device: torch.device) -> None:
+        """Set one range of ranks per row for the coming pass."""
+        self.current = RankUse(ranges, device)

@@ -83,9 +83,9 @@ def test_a_row_gets_the_same_bits_from_its_adapter_alone_and_beside_others() -> 
     alone = base[:1].clone()
     setup.pool.select(["two"])
     assert setup.projection._sum is not None
-    setup.projection._sum.add(alone, x[:1], setup.selection.spans)
+    setup.projection._sum.add(alone, x[:1], setup.selection.current.spans)
     setup.pool.select(["two", "one"] * 20)
-    setup.projection._sum.add(base, x, setup.selection.spans)
+    setup.projection._sum.add(base, x, setup.selection.current.spans)
     assert torch.equal(base[::2], alone.expand(20, 1, -1))
     assert not torch.equal(base[1], alone[0])
 
@@ -121,5 +121,5 @@ def test_a_shape_that_the_kernel_does_not_know_is_refused_and_nothing_written() 
         base = torch.zeros(*wrong.shape[:-1], sum(OUTPUTS), dtype=wrong.dtype)
         assert setup.projection._sum is not None
         with pytest.raises(ValueError, match="not computed here"):
-            setup.projection._sum.add(base, wrong, setup.selection.spans)
+            setup.projection._sum.add(base, wrong, setup.selection.current.spans)
         assert not base.any()
